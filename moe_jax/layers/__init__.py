@@ -1,0 +1,1 @@
+"""Parts of a block that are not experts: attention, feed-forward, norms, rotary positions."""

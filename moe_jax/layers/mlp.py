@@ -1,0 +1,102 @@
+"""The feed-forward network, as one function for dense blocks and for experts."""
+
+import dataclasses
+import enum
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax.errors import UserError
+from moe_jax.layers.dropout import dropout
+from moe_jax.layers.parameters import parameter
+
+
+class Activation(enum.StrEnum):
+  """The nonlinearity; gated networks apply it to the gate."""
+
+  RELU = "relu"
+  GELU = "gelu"  # the tanh approximation
+  SILU = "silu"
+
+
+_ACTIVATIONS = {
+  Activation.RELU: jax.nn.relu,
+  Activation.GELU: jax.nn.gelu,
+  Activation.SILU: jax.nn.silu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedForwardConfig:
+  """A feed-forward network D -> F -> D without biases.
+
+  Attributes:
+    hidden_dim: F.
+    gated: act(x W_gate) * (x W_up) W_down (arXiv 2002.05202) instead of act(x W_up) W_down.
+    activation: the nonlinearity.
+    dropout: rate on the hidden activations in training.
+  """
+
+  hidden_dim: int
+  gated: bool = False
+  activation: Activation = Activation.RELU
+  dropout: float = 0.0
+
+  def __post_init__(self):
+    object.__setattr__(self, "activation", Activation(self.activation))
+    if self.hidden_dim < 1:
+      raise UserError(f"hidden_dim = {self.hidden_dim} is refused: it must be at least 1")
+    if not 0.0 <= self.dropout < 1.0:
+      raise UserError(f"dropout = {self.dropout} is refused: it must be in [0, 1)")
+
+  @property
+  def num_matrices(self) -> int:
+    """Returns the number of weight matrices: 3 gated, 2 plain."""
+    return 3 if self.gated else 2
+
+
+def feed_forward(
+  x: jax.Array, weights: dict[str, jax.Array], key: jax.Array | None, config: FeedForwardConfig
+) -> jax.Array:
+  """Applies one network to x (..., D); `weights` has `up`, `down` and, if gated, `gate`."""
+  w = {name: value.astype(x.dtype) for name, value in weights.items()}
+  act = _ACTIVATIONS[config.activation]
+  hidden = act(x @ w["gate"]) * (x @ w["up"]) if config.gated else act(x @ w["up"])
+  return dropout(hidden, config.dropout, key) @ w["down"]
+
+
+def feed_forward_weights(
+  key: jax.Array,
+  model_dim: int,
+  config: FeedForwardConfig,
+  scale: float,
+  experts: int | None = None,
+) -> dict[str, nnx.Param]:
+  """Makes the weights of one network, or of `experts` networks stacked on a leading axis.
+
+  The hidden axis is named "expert_mlp" in experts, so that a table can shard it apart from "mlp".
+  """
+  names = ("gate", "up", "down") if config.gated else ("up", "down")
+  lead_shape, lead_axes, hidden = ((), (), "mlp") if experts is None else (
+    (experts,), ("expert",), "expert_mlp")
+  weights = {}
+  for name, key in zip(names, jax.random.split(key, len(names)), strict=True):
+    shape, axes = (model_dim, config.hidden_dim), ("embed", hidden)
+    if name == "down":
+      shape, axes = shape[::-1], axes[::-1]
+    weights[name] = parameter(
+      key, lead_shape + shape, lead_axes + axes, fan_in=shape[0], scale=scale)
+  return weights
+
+
+class FeedForward(nnx.Module):
+  """The dense feed-forward network of a block."""
+
+  def __init__(self, model_dim: int, config: FeedForwardConfig, *, key: jax.Array, scale: float):
+    self.config = config
+    self.weights = nnx.Dict(feed_forward_weights(key, model_dim, config, scale))
+
+  def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+    """Maps x (B, L, D) to (B, L, D)."""
+    return feed_forward(x, {k: v[...] for k, v in self.weights.items()}, key, self.config)
