@@ -1,0 +1,131 @@
+"""What a model is: widths, and segments of block patterns."""
+
+import dataclasses
+import difflib
+import enum
+
+from moe_jax.errors import UserError
+from moe_jax.layers.attention import AttentionConfig
+from moe_jax.layers.mlp import FeedForwardConfig
+from moe_jax.moe.layer import MoEConfig
+
+MIXERS = ("attention",)
+FEED_FORWARDS = ("dense", "moe")
+
+
+class Remat(enum.StrEnum):
+  """What the backward pass recomputes instead of storing, per repeat of a segment's pattern."""
+
+  NONE = "none"
+  FULL = "full"  # everything: least memory, about a third more work
+  DOTS = "dots"  # everything but matrix products
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+  """A pattern of blocks, repeated and scanned.
+
+  Attributes:
+    pattern: (mixer, feed-forward) of each block, for example (("attention", "dense"),
+      ("attention", "moe")).
+    repeats: how many times the pattern occurs; the parameters are stacked on that axis.
+  """
+
+  pattern: tuple[tuple[str, str], ...]
+  repeats: int
+
+  @property
+  def num_layers(self) -> int:
+    """Returns the number of blocks."""
+    return len(self.pattern) * self.repeats
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """A decoder-only language model.
+
+  Attributes:
+    vocab_size: V.
+    model_dim: D.
+    segments: ((pattern, repeats), ...); a pattern is a string of blocks "mixer:feed_forward", for
+      example "attention:dense attention:moe": Switch's alternation.
+    attention: the mixer "attention".
+    mlp: the feed-forward "dense".
+    moe: the feed-forward "moe"; None if no block uses it.
+    tie_embeddings: the head is the transposed embedding.
+    dropout: rate on the embedding and on the output of every mixer and feed-forward, in training.
+    init_scale: see `moe_jax.layers.parameters.parameter`; Switch uses 0.1.
+    norm_epsilon: of every RMSNorm.
+    dtype: of activations, "float32" or "bfloat16"; parameters and the router stay float32.
+    remat: memory for work in the backward pass.
+  """
+
+  vocab_size: int
+  model_dim: int
+  segments: tuple[tuple[str, int], ...]
+  attention: AttentionConfig
+  mlp: FeedForwardConfig
+  moe: MoEConfig | None = None
+  tie_embeddings: bool = False
+  dropout: float = 0.0
+  init_scale: float = 1.0
+  norm_epsilon: float = 1e-6
+  dtype: str = "float32"
+  remat: Remat = Remat.NONE
+
+  def __post_init__(self):
+    object.__setattr__(self, "remat", Remat(self.remat))
+    for name in ("vocab_size", "model_dim"):
+      if getattr(self, name) < 1:
+        raise UserError(f"{name} = {getattr(self, name)} is refused: it must be at least 1")
+    if self.dtype not in ("float32", "bfloat16"):
+      raise UserError(f"dtype = {self.dtype!r} is not one of float32, bfloat16")
+    if not 0.0 <= self.dropout < 1.0:
+      raise UserError(f"dropout = {self.dropout} is refused: it must be in [0, 1)")
+    if self.init_scale <= 0:
+      raise UserError(f"init_scale = {self.init_scale} is refused: it must be greater than 0")
+    kinds = [kind for segment in self.parsed_segments() for _, kind in segment.pattern]
+    if "moe" in kinds and self.moe is None:
+      raise UserError(f"segments = {self.segments} has a moe block but moe is None")
+
+  def parsed_segments(self) -> tuple[Segment, ...]:
+    """Returns the segments with their patterns taken apart."""
+    if not self.segments:
+      raise UserError("segments = () is empty: a model needs at least one, for example"
+                      " (('attention:dense attention:moe', 2),)")
+    return tuple(_parse_segment(segment) for segment in self.segments)
+
+  def layers(self) -> list[tuple[str, str]]:
+    """Returns (mixer, feed-forward) of every block in order."""
+    return [block for s in self.parsed_segments() for block in s.pattern * s.repeats]
+
+  def moe_layers(self) -> list[int]:
+    """Returns the indices of the blocks with experts."""
+    return [i for i, (_, kind) in enumerate(self.layers()) if kind == "moe"]
+
+  def with_routing(self, **changes) -> "ModelConfig":
+    """Returns this config with some fields of the router replaced; the parameters still fit."""
+    if self.moe is None:
+      return self
+    routing = dataclasses.replace(self.moe.routing, **changes)
+    return dataclasses.replace(self, moe=dataclasses.replace(self.moe, routing=routing))
+
+
+def _parse_segment(segment) -> Segment:
+  if not (isinstance(segment, (tuple, list)) and len(segment) == 2
+          and isinstance(segment[0], str) and type(segment[1]) is int):
+    raise UserError(f"segment {segment!r} is not a (pattern, repeats) pair such as"
+                    " ('attention:dense attention:moe', 2)")
+  pattern, repeats = segment
+  if repeats < 1 or not pattern.split():
+    raise UserError(f"segment {segment!r} is empty: give at least one block and one repeat")
+  return Segment(tuple(_parse_block(block) for block in pattern.split()), repeats)
+
+
+def _parse_block(block: str) -> tuple[str, str]:
+  known = [f"{mixer}:{kind}" for mixer in MIXERS for kind in FEED_FORWARDS]
+  if block not in known:
+    near = difflib.get_close_matches(block, known, n=1, cutoff=0.0)[0]
+    raise UserError(f"block {block!r} is not one of {', '.join(known)}; did you mean {near!r}?")
+  mixer, kind = block.split(":")
+  return mixer, kind

@@ -1,0 +1,187 @@
+"""The decoder-only language model."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax.errors import UserError
+from moe_jax.layers.attention import AttentionContext, KVCache, causal_mask
+from moe_jax.layers.dropout import dropout, split_key
+from moe_jax.layers.norms import RMSNorm
+from moe_jax.layers.parameters import parameter
+from moe_jax.models.config import ModelConfig
+from moe_jax.models.stack import ScannedSegment, SegmentCache
+from moe_jax.moe.types import RoutingPlan
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ModelAux:
+  """What the routers decided, one entry a MoE layer in order.
+
+  Attributes:
+    router_logits: list of (B, L, E) float32.
+    plans: list of `RoutingPlan`.
+    losses: `load_balance`, `router_z`: float32 means over layers, without coefficients;
+      `weighted`: the sum over layers of coefficient * loss, the term added to the objective
+      (Switch, arXiv 2101.03961 section 2.2: "for each Switch layer").
+    metrics: float32 means over layers; per layer see `plans[i].metrics`.
+  """
+
+  router_logits: list[jax.Array]
+  plans: list[RoutingPlan]
+  losses: dict[str, jax.Array]
+  metrics: dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecoderCache:
+  """Keys and values of all layers, and which cache slots hold real tokens.
+
+  Attributes:
+    segments: one `SegmentCache` a segment.
+    token_mask: (B, M) bool over the M cache slots.
+    index: int32 scalar, the next free slot.
+  """
+
+  segments: list[SegmentCache]
+  token_mask: jax.Array
+  index: jax.Array
+
+
+class Decoder(nnx.Module):
+  """Pre-norm decoder with rotary attention and dense or expert feed-forwards."""
+
+  def __init__(self, config: ModelConfig, *, key: jax.Array):
+    embed_key, stack_key, head_key = jax.random.split(key, 3)
+    self.config = config
+    D, V = config.model_dim, config.vocab_size
+    # Unit variance after the first norm whatever the scale; 1/sqrt(D) keeps a tied head's logits
+    # of order one.
+    self.embedding = parameter(embed_key, (V, D), ("vocab", "embed"), fan_in=D)
+    segments = config.parsed_segments()
+    keys = jax.random.split(stack_key, len(segments))
+    self.segments = nnx.List([
+      ScannedSegment(config, s, key=k) for s, k in zip(segments, keys, strict=True)])
+    self.final_norm = RMSNorm(D, config.norm_epsilon)
+    if not config.tie_embeddings:
+      self.head = parameter(head_key, (D, V), ("embed", "vocab"), fan_in=D)
+
+  def __call__(
+    self,
+    tokens: jax.Array,
+    *,
+    token_mask: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    return_aux: bool = False,
+    train: bool = False,
+    key: jax.Array | None = None,
+  ) -> jax.Array | tuple[jax.Array, ModelAux]:
+    """Returns the logits of the next token at every position.
+
+    Args:
+      tokens: (B, L) int32.
+      token_mask: (B, L) bool, True = real token; None = all real.
+      segment_ids: (B, L) int32 of packed documents; attention stays inside a segment.
+      positions: (B, L) int32; None counts the real tokens of each row.
+      return_aux: also return the routers' record.
+      train: training capacity, dropout, jitter and random selection.
+      key: random key for training, needed if the config draws random numbers.
+
+    Returns:
+      logits (B, L, V) float32, and `ModelAux` if asked for.
+    """
+    self._check(tokens, token_mask, train, key)
+    if token_mask is None:
+      token_mask = jnp.ones(tokens.shape, bool)
+    if positions is None:
+      positions = _count_positions(token_mask)
+    context = AttentionContext(positions, causal_mask(token_mask, segment_ids))
+    x, _, records = self._run(
+      tokens, context, token_mask, None, key=key if train else None, train=train)
+    logits = self._logits(x)
+    return (logits, self._aux(records)) if return_aux else logits
+
+  def decode(
+    self, tokens: jax.Array, cache: DecoderCache, *, token_mask: jax.Array | None = None
+  ) -> tuple[jax.Array, DecoderCache]:
+    """Extends cached sequences by tokens (B, L) and returns their logits (B, L, V) and the cache.
+
+    Padding (token_mask False) takes a cache slot but no position, and is never looked at.
+    """
+    self._check(tokens, token_mask, False, None)
+    if token_mask is None:
+      token_mask = jnp.ones(tokens.shape, bool)
+    seen = jnp.sum(cache.token_mask, axis=1, keepdims=True)
+    positions = seen + _count_positions(token_mask)
+    slots_mask = jax.lax.dynamic_update_slice_in_dim(
+      cache.token_mask, token_mask, cache.index, axis=1)
+    own = cache.index + jnp.arange(tokens.shape[1])
+    slots = jnp.arange(slots_mask.shape[1])
+    mask = (slots[None, :] <= own[:, None])[None] & slots_mask[:, None, :]
+    mask |= (slots[None, :] == own[:, None])[None]
+    context = AttentionContext(positions, mask[:, None], cache.index)
+    x, segments, _ = self._run(
+      tokens, context, token_mask, cache.segments, key=None, train=False)
+    index = cache.index + tokens.shape[1]
+    return self._logits(x), DecoderCache(segments, slots_mask, index)
+
+  def init_cache(self, batch_size: int, num_slots: int) -> DecoderCache:
+    """Returns an empty cache for `num_slots` tokens a row, prompt and new ones together."""
+    c = self.config.attention
+
+    def empty(repeats):
+      shape = (repeats, batch_size, num_slots, c.num_kv_heads, c.head_dim)
+      return KVCache(jnp.zeros(shape, self.config.dtype), jnp.zeros(shape, self.config.dtype))
+
+    segments = [tuple(empty(s.repeats) for _ in s.pattern) for s in self.config.parsed_segments()]
+    return DecoderCache(segments, jnp.zeros((batch_size, num_slots), bool), jnp.int32(0))
+
+  def _run(self, tokens, context, token_mask, caches, *, key, train):
+    embed_key, *keys = split_key(key, 1 + len(self.segments))
+    x = self.embedding[...][tokens].astype(self.config.dtype)
+    x = dropout(x, self.config.dropout, embed_key)
+    caches = [None] * len(self.segments) if caches is None else caches
+    new_caches, records = [], []
+    for segment, cache, segment_key in zip(self.segments, caches, keys, strict=True):
+      x, cache, aux = segment(x, context, token_mask, cache, key=segment_key, train=train)
+      new_caches.append(cache)
+      records.extend(aux)
+    return x, new_caches, records
+
+  def _logits(self, x: jax.Array) -> jax.Array:
+    x = self.final_norm(x)
+    head = self.embedding[...].T if self.config.tie_embeddings else self.head[...]
+    return jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+
+  def _aux(self, records) -> ModelAux:
+    plans = [record.plan for record in records]
+    mean = lambda name: {k: sum(getattr(p, name)[k] for p in plans) / len(plans)
+                         for k in (getattr(plans[0], name) if plans else ())}
+    losses = mean("losses")
+    if plans:
+      routing = self.config.moe.routing
+      losses["weighted"] = len(plans) * (
+        routing.balance_loss_weight * losses["load_balance"]
+        + routing.z_loss_weight * losses["router_z"])
+    return ModelAux([r.router_logits for r in records], plans, losses, mean("metrics"))
+
+  def _check(self, tokens, token_mask, train, key) -> None:
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+      raise UserError(f"tokens have shape {tokens.shape} and dtype {tokens.dtype}; expected"
+                      " (batch, length) integers")
+    if token_mask is not None and (token_mask.shape != tokens.shape or token_mask.dtype != bool):
+      raise UserError(f"token_mask has shape {token_mask.shape} and dtype {token_mask.dtype};"
+                      f" expected {tokens.shape} and bool, True = real token")
+    moe_key = self.config.moe is not None and self.config.moe.needs_key
+    if train and key is None and (self.config.dropout or self.config.mlp.dropout or moe_key):
+      raise UserError("training this model draws random numbers: key = None was given, a"
+                      " jax.random.key is needed")
+
+
+def _count_positions(token_mask: jax.Array) -> jax.Array:
+  return jnp.maximum(jnp.cumsum(token_mask, axis=1, dtype=jnp.int32) - 1, 0)

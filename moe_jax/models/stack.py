@@ -1,0 +1,87 @@
+"""The stack: segments of block patterns whose parameters are stacked and scanned."""
+
+import functools
+from typing import Any
+
+import jax
+from flax import nnx
+
+from moe_jax.layers.attention import AttentionContext, KVCache
+from moe_jax.models.block import Block
+from moe_jax.models.config import ModelConfig, Remat, Segment
+from moe_jax.moe.layer import MoEAux
+
+# One cache a block of the pattern, each stacked over the repeats; None without a cache.
+SegmentCache = tuple[KVCache | None, ...] | None
+
+_REMAT_POLICIES = {
+  Remat.FULL: None,
+  Remat.DOTS: jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class ScannedSegment(nnx.Module):
+  """The blocks of one pattern; every parameter has a leading axis "layers" of size repeats.
+
+  A scan keeps compile time and program size those of one pattern, whatever the depth.
+  """
+
+  def __init__(self, config: ModelConfig, segment: Segment, *, key: jax.Array):
+    self.remat = config.remat
+
+    def pattern(key):
+      keys = jax.random.split(key, len(segment.pattern))
+      return nnx.List([Block(config, kind, key=k)
+                       for kind, k in zip(segment.pattern, keys, strict=True)])
+
+    # A nested scan of initialisers: each repeat draws its own parameters.
+    graphdef, _ = nnx.split(nnx.eval_shape(pattern, key))
+    state = jax.vmap(lambda key: nnx.split(pattern(key))[1])(
+      jax.random.split(key, segment.repeats))
+    self.blocks = nnx.merge(graphdef, _name_layer_axis(state))
+    self.repeats = segment.repeats
+
+  def __call__(
+    self,
+    x: jax.Array,
+    context: AttentionContext,
+    token_mask: jax.Array,
+    cache: SegmentCache,
+    *,
+    key: jax.Array | None,
+    train: bool,
+  ) -> tuple[jax.Array, SegmentCache, list[MoEAux]]:
+    """Runs the segment and returns x, the new cache and one aux record a MoE layer, in order."""
+    graphdef, state = nnx.split(self.blocks)
+    keys = None if key is None else jax.random.split(key, self.repeats)
+
+    def body(x, per_repeat):
+      state, cache, key = per_repeat
+      return _run_pattern(
+        nnx.merge(graphdef, state), x, context, token_mask, cache, key=key, train=train)
+
+    if self.remat != Remat.NONE:
+      body = jax.checkpoint(body, policy=_REMAT_POLICIES[self.remat])
+    x, (cache, aux) = jax.lax.scan(body, x, (state, cache, keys))
+    take = functools.partial(_take_repeat, aux)
+    return x, cache, [record for i in range(self.repeats) for record in take(i)]
+
+
+def _run_pattern(blocks, x, context, token_mask, cache, *, key, train):
+  keys = [None] * len(blocks) if key is None else jax.random.split(key, len(blocks))
+  caches = (None,) * len(blocks) if cache is None else cache
+  new_caches, records = [], []
+  for block, block_cache, block_key in zip(blocks, caches, keys, strict=True):
+    x, new_cache, aux = block(x, context, token_mask, block_cache, key=block_key, train=train)
+    new_caches.append(new_cache)
+    records.extend([] if aux is None else [aux])
+  return x, (None if cache is None else tuple(new_caches), records)
+
+
+def _take_repeat(stacked: Any, i: int) -> Any:
+  return jax.tree.map(lambda a: a[i], stacked)
+
+
+def _name_layer_axis(state: nnx.State) -> nnx.State:
+  named = lambda p: p.replace(axes=("layers",) + p.get_metadata()["axes"])
+  return jax.tree.map(named, state, is_leaf=lambda p: isinstance(p, nnx.Variable))
