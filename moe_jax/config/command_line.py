@@ -102,7 +102,7 @@ def _unexpected(word: str, table: dict[str, Flag], program: str) -> UserError:
   name, equals, text = word.lstrip("-").partition("=")
   if _is_known(name, table) and equals:
     return UserError(f"unexpected argument {word!r}; did you mean --{name}={text}?")
-  if not word.startswith("-") and nearest(name, table) is None:
+  if not word.startswith("-") and not (equals and nearest(name, table)):
     return UserError(
       f"unexpected argument {word!r}; {program} takes only flags, written --name=value"
       " (quote a value that holds spaces)"

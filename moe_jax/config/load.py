@@ -45,7 +45,7 @@ def load_config(source: str) -> config_dict.ConfigDict:
   config = _call_get_config(get_config, path, variant)
   if not isinstance(config, config_dict.ConfigDict):
     raise UserError(
-      f"get_config() of {path} returned a {type(config).__name__}, expected an"
+      f"get_config() of {path} returned {type(config).__name__}, expected an"
       " ml_collections ConfigDict"
     )
   return config.lock()

@@ -27,8 +27,8 @@ def dataclass_from(cls: type[_Config], mapping: Any, path: str = "config") -> _C
   converted.
 
   Args:
-    cls: a dataclass whose annotations are made of bool, int, float, str, enums, Literal, dataclasses,
-      tuples, Optional and Any.
+    cls: a dataclass whose annotations are made of bool, int, float, str, enums, Literal,
+      dataclasses, tuples, Optional and Any.
     mapping: a Mapping or ConfigDict from field names to values, nested as `cls` is; an instance of
       `cls` is returned as it is.
     path: the name of this section in error messages.

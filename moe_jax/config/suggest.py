@@ -3,8 +3,6 @@
 import difflib
 from collections.abc import Iterable
 
-# difflib's own cutoff (0.6) misses short words with two slips; below 0.5 the guesses turn random.
-_CUTOFF = 0.5
 _LISTED = 12
 
 
@@ -12,7 +10,7 @@ def nearest(name: str, choices: Iterable[str]) -> str | None:
   """Returns the choice closest in spelling to `name`, or None when none is close."""
   choices = list(choices)
   by_lower_case = {choice.lower(): choice for choice in reversed(choices)}
-  found = difflib.get_close_matches(name.lower(), by_lower_case, n=1, cutoff=_CUTOFF)
+  found = difflib.get_close_matches(name.lower(), by_lower_case, n=1)
   return by_lower_case[found[0]] if found else None
 
 
