@@ -184,9 +184,7 @@ def _builder(config: DataConfig) -> PackedText:
     sequence_length=config.sequence_length,
   )
   with _quiet():
-    return PackedText(
-      config=builder_config, data_dir=_data_dir(config), file_format="array_record"
-    )
+    return PackedText(config=builder_config, data_dir=_data_dir(config), file_format="array_record")
 
 
 def _data_dir(config: DataConfig) -> str:

@@ -89,22 +89,23 @@ def eval_batches(
     process_index: which rows to yield, from 0.
     process_count: number of processes that share a global batch.
 
-  Yields:
+  Returns:
     Dicts of (batch_size / process_count, L) int32 arrays, as many on every process.
 
   Raises:
-    UserError: batch_size exceeds the number of records, or does not divide over the processes.
+    UserError: batch_size does not divide over the processes.
   """
   local_size = _local_size(batch_size, process_index, process_count)
-  steps_per_epoch(source, batch_size)
+  starts = range(0, len(source), batch_size)
+  return (_rows(source, start + process_index * local_size, local_size) for start in starts)
+
+
+def _rows(source: Sequence[Record], first: int, count: int) -> Record:
+  """Stacks records first .. first + count - 1, zeros for those past the end."""
   filler = {name: np.zeros_like(values) for name, values in source[0].items()}
-  for start in range(0, len(source), batch_size):
-    first = start + process_index * local_size
-    rows = [
-      source[index] if index < len(source) else filler
-      for index in range(first, first + local_size)
-    ]
-    yield {name: np.stack([row[name] for row in rows]) for name in filler}
+  indices = range(first, first + count)
+  rows = [source[index] if index < len(source) else filler for index in indices]
+  return {name: np.stack([row[name] for row in rows]) for name in filler}
 
 
 def _local_size(batch_size: int, process_index: int, process_count: int) -> int:
