@@ -134,7 +134,7 @@ class PreparedData:
 
 
 def fingerprint(config: DataConfig) -> str:
-  """Returns 64 hex digits that change whenever the records of `config` do; `data_dir` is no part."""
+  """Returns 64 hex digits that change whenever the records do; `data_dir` plays no part."""
   parts = {
     "corpus": get_corpus(config.corpus).digest,
     "tokenizer": get_tokenizer(config.tokenizer).digest,
@@ -152,15 +152,15 @@ def prepare(config: DataConfig) -> PreparedData:
   written under another name and renamed when complete.
 
   Raises:
-    UserError: the data directory cannot be written, or the corpus has nothing to hold out.
+    UserError: the data directory cannot be written, what is there is damaged, or the corpus has
+      nothing to hold out.
   """
   builder = _builder(config)
   if not builder.data_path.exists():
     _make(config, builder)
     builder = _builder(config)
-  metadata = builder.info.metadata
-  sources = {split: builder.as_data_source(split.value) for split in Split}
-  counts = {split: dict(metadata[split.value]) for split in Split}
+  sources = _open(builder)
+  counts = {split: dict(builder.info.metadata[split.value]) for split in Split}
   text_bytes = {split: counts[split].pop("text_bytes") for split in Split}
   return PreparedData(
     train=sources[Split.TRAIN],
@@ -185,6 +185,22 @@ def _builder(config: DataConfig) -> PackedText:
   )
   with _quiet():
     return PackedText(config=builder_config, data_dir=_data_dir(config), file_format="array_record")
+
+
+def _open(builder: PackedText) -> dict[Split, Sequence[Record]]:
+  """Opens the splits; reads the two ends of each, so that a lost or cut file is found here."""
+  try:
+    sources = {split: builder.as_data_source(split.value) for split in Split}
+    for source in sources.values():
+      # The reader takes a file cut to 64 KiB for an empty one, and gives None for its records.
+      if source[0] is None or source[len(source) - 1] is None:
+        raise RuntimeError("records are missing")
+  except (KeyError, OSError, RuntimeError) as error:
+    raise UserError(
+      f"the prepared data in {os.fspath(builder.data_path)!r} are damaged ({error}); "
+      "delete that folder to have them made again."
+    ) from error
+  return sources
 
 
 def _data_dir(config: DataConfig) -> str:

@@ -129,9 +129,29 @@ def test_a_killed_preparation_is_never_read(tmp_path):
   assert not list(tmp_path.glob("packed_text/*/incomplete.*"))
 
 
+@pytest.mark.parametrize("name", ["packed_text-train.*", "packed_text-heldout.*", "*_info.json"])
+def test_prepared_data_that_lost_a_file_are_refused(tiny_corpus, tmp_path, name):
+  config = _config(tiny_corpus, tmp_path)
+  prepare(config)
+  (lost,) = tmp_path.glob(f"packed_text/*/1.0.0/{name}")
+  lost.unlink()
+  with pytest.raises(UserError, match=r"are damaged .* delete that folder"):
+    prepare(config)
+
+
+@pytest.mark.parametrize("size", [0, 1000, 65536])
+def test_prepared_data_cut_short_are_refused(tiny_corpus, tmp_path, size):
+  config = _config(tiny_corpus, tmp_path)
+  prepare(config)
+  (cut,) = tmp_path.glob("packed_text/*/1.0.0/packed_text-train.*")
+  os.truncate(cut, size)
+  with pytest.raises(UserError, match="are damaged"):
+    prepare(config)
+
+
 def test_a_data_dir_that_cannot_be_written_is_named(tiny_corpus, tmp_path):
   (tmp_path / "file").write_text("not a folder")
-  with pytest.raises(UserError, match="cannot write prepared data to data_dir '.*file/x'"):
+  with pytest.raises(UserError, match=r"cannot write prepared data to data_dir '.*file/x'"):
     prepare(_config(tiny_corpus, tmp_path / "file" / "x"))
 
 

@@ -67,7 +67,7 @@ def test_every_sixteenth_document_is_held_out():
 
 
 def test_unknown_corpus_names_the_nearest():
-  with pytest.raises(UserError, match="unknown corpus 'sotu_1790'; .*sotu_1790_1870"):
+  with pytest.raises(UserError, match=r"unknown corpus 'sotu_1790'; .*sotu_1790_1870"):
     get_corpus("sotu_1790")
 
 
