@@ -192,9 +192,10 @@ def _open(builder: PackedText) -> dict[Split, Sequence[Record]]:
   try:
     sources = {split: builder.as_data_source(split.value) for split in Split}
     for source in sources.values():
-      # The reader takes a file cut to 64 KiB for an empty one, and gives None for its records.
-      if source[0] is None or source[len(source) - 1] is None:
-        raise RuntimeError("records are missing")
+      # The reader takes a file cut to 64 KiB for an empty one, and gives None for each field.
+      for record in (source[0], source[len(source) - 1]):
+        if any(values is None for values in record.values()):
+          raise RuntimeError("records are missing")
   except (KeyError, OSError, RuntimeError) as error:
     raise UserError(
       f"the prepared data in {os.fspath(builder.data_path)!r} are damaged ({error}); "
