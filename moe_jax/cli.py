@@ -1,0 +1,146 @@
+"""The command line: `moe-jax COMMAND --flag=value ...`.
+
+Subcommands live where their work is and are imported only when run, so that `--help` and a faulty
+command line answer at once. A `UserError` is one line and exit status 2; any other exception is a
+bug and keeps its traceback.
+"""
+
+import dataclasses
+import pkgutil
+import sys
+from collections.abc import Sequence
+
+from moe_jax import __version__
+from moe_jax.config.command_line import REQUIRED, Flag, FlagKind, parse_command_line
+from moe_jax.config.suggest import did_you_mean
+from moe_jax.errors import UserError
+
+_PROGRAM = "moe-jax"
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+  """Describes one subcommand; `entry` is "module:function", called with the parsed flags."""
+
+  help: str
+  entry: str
+  flags: tuple[Flag, ...]
+
+
+_RUN = Flag("workdir", FlagKind.FOLDER, "folder of a run made by moe-jax train")
+
+COMMANDS = {
+  "train": Command(
+    "train the model of a config file; the same command again resumes the run",
+    "moe_jax.training.commands:train",
+    (
+      Flag("config", FlagKind.CONFIG, "config file, and one of the variants its docstring lists"),
+      Flag("workdir", FlagKind.FOLDER, "folder of the run: metrics, checkpoints, report"),
+    ),
+  ),
+  "eval": Command(
+    "evaluate a checkpoint of a run",
+    "moe_jax.training.commands:evaluate",
+    (_RUN, Flag("step", FlagKind.INTEGER, "checkpoint to evaluate; the latest if absent", None)),
+  ),
+  "generate": Command(
+    "continue a prompt with the model of a run",
+    "moe_jax.inference.commands:generate",
+    (
+      _RUN,
+      Flag("prompt", FlagKind.TEXT, "text to continue"),
+      Flag("max_new_tokens", FlagKind.INTEGER, "most tokens to add", 200),
+      Flag("temperature", FlagKind.NUMBER, "0 takes the likeliest token each time", 0.8),
+      Flag("seed", FlagKind.INTEGER, "seed of the sampling", 0),
+    ),
+  ),
+  "report": Command(
+    "write the report of a run: curves, routing, samples",
+    "moe_jax.analysis.commands:report",
+    (_RUN, Flag("compare", FlagKind.FOLDERS, "another run to set beside it; repeatable", ())),
+  ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs one command line and returns its exit status.
+
+  Args:
+    argv: the words after the program's name; those of this process when None.
+
+  Returns:
+    0 on success, 2 after a fault of the user's, 130 after an interrupt.
+  """
+  try:
+    return _run(list(sys.argv[1:] if argv is None else argv))
+  except UserError as error:
+    print(f"{_PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print(f"\n{_PROGRAM}: interrupted", file=sys.stderr)
+    return 130
+
+
+def _run(argv: list[str]) -> int:
+  """Answers help and version, otherwise parses and runs the subcommand."""
+  if not argv:
+    print(_program_help(), file=sys.stderr)
+    return 2
+  name, *rest = argv
+  if name in ("--help", "-h", "help"):
+    print(_program_help())
+    return 0
+  if name == "--version":
+    print(f"{_PROGRAM} {__version__}")
+    return 0
+  if name not in COMMANDS:
+    raise UserError(f"{name!r} is not a command; {did_you_mean(name, COMMANDS)}")
+  if "--help" in rest or "-h" in rest:
+    print(_command_help(name))
+    return 0
+  command = COMMANDS[name]
+  arguments = parse_command_line(rest, flags=command.flags, program=f"{_PROGRAM} {name}")
+  return pkgutil.resolve_name(command.entry)(arguments) or 0
+
+
+def _program_help() -> str:
+  rows = [(name, command.help) for name, command in COMMANDS.items()]
+  return (
+    f"usage: {_PROGRAM} COMMAND [--flag=value ...]\n\n"
+    "Train, run and inspect Mixture-of-Experts models.\n\n"
+    f"commands:\n{_aligned(rows)}\n\n"
+    f"{_PROGRAM} COMMAND --help lists the flags of a command."
+  )
+
+
+def _command_help(name: str) -> str:
+  command = COMMANDS[name]
+  needed = [_spelt(flag) for flag in command.flags if flag.default is REQUIRED]
+  rest = "" if len(needed) == len(command.flags) else " [--flag=value ...]"
+  rows = [(_spelt(flag), flag.help + _default_note(flag)) for flag in command.flags]
+  if command.flags[0].kind is FlagKind.CONFIG:
+    rest += " [--config.FIELD=VALUE ...]"
+    rows.append(("--config.FIELD=VALUE", "set one field, for example --config.moe.top_k=1"))
+  return (
+    f"usage: {_PROGRAM} {name} {' '.join(needed)}{rest}\n\n"
+    f"{command.help[0].upper()}{command.help[1:]}.\n\n"
+    f"flags:\n{_aligned(rows)}"
+  )
+
+
+def _spelt(flag: Flag) -> str:
+  return f"--{flag.name}={flag.kind.value.removesuffix(' ...')}"
+
+
+def _default_note(flag: Flag) -> str:
+  absent = flag.default is REQUIRED or flag.default in (None, ())
+  return "" if absent else f" (default {flag.default})"
+
+
+def _aligned(rows: list[tuple[str, str]]) -> str:
+  width = max(len(left) for left, _ in rows)
+  return "\n".join(f"  {left:<{width}}  {right}" for left, right in rows)
+
+
+if __name__ == "__main__":
+  sys.exit(main())

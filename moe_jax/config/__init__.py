@@ -1,0 +1,22 @@
+"""The edge of the program: config files and command lines in, frozen dataclasses out.
+
+Inside the package nothing reads an `ml_collections` object or a command line; the edge turns both
+into dataclasses that validate themselves, and every fault into one `UserError`.
+
+`moe_jax.config.load` is left out of the names below: it imports `ml_collections`, which takes
+longer than a command line needs to print its help.
+"""
+
+from moe_jax.config.command_line import Flag, FlagKind, parse_command_line
+from moe_jax.config.schema import dataclass_from, to_mapping
+from moe_jax.config.suggest import did_you_mean, nearest
+
+__all__ = [
+  "Flag",
+  "FlagKind",
+  "dataclass_from",
+  "did_you_mean",
+  "nearest",
+  "parse_command_line",
+  "to_mapping",
+]

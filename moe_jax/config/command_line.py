@@ -1,0 +1,175 @@
+"""Command lines: a table of flags, `--name=value` or `--name value`, the last one wins.
+
+Every word must belong to a flag: a stray or misspelt one is an error, never ignored.
+"""
+
+import dataclasses
+import enum
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from moe_jax.config.suggest import did_you_mean, nearest
+from moe_jax.errors import UserError
+
+REQUIRED = object()
+_OVERRIDE = "config."
+_NEGATED_OVERRIDE = "noconfig."
+
+
+class FlagKind(enum.Enum):
+  """What a flag's text means."""
+
+  CONFIG = "FILE[:VARIANT]"  # brings the --config.FIELD=VALUE overrides with it
+  FOLDER = "DIR"
+  FOLDERS = "DIR ..."  # repeatable; all values are kept, in order
+  TEXT = "TEXT"
+  INTEGER = "INT"
+  NUMBER = "NUMBER"
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+  """Describes one flag: its name, what its text means, one line of help and its default."""
+
+  name: str
+  kind: FlagKind
+  help: str
+  default: Any = REQUIRED
+
+
+def parse_command_line(
+  argv: Sequence[str], *, flags: Sequence[Flag], program: str = "moe-jax"
+) -> SimpleNamespace:
+  """Parses the words after the subcommand.
+
+  Args:
+    argv: the words, without program and subcommand.
+    flags: the flags that the subcommand takes.
+    program: the command in error messages.
+
+  Returns:
+    A namespace with one attribute a flag. A flag of kind CONFIG gives `config` (the ConfigDict,
+    overrides applied) and `config_source` (the text FILE[:VARIANT]).
+
+  Raises:
+    UserError: any word is misspelt, stray, missing or of the wrong type.
+  """
+  table = {flag.name: flag for flag in flags}
+  given: dict[str, list[str]] = {}
+  overrides: list[tuple[str, str | None]] = []
+  for name, text in _pairs(argv, table, program):
+    if name in table:
+      given.setdefault(name, []).append(text)
+    else:
+      overrides.append((name, text))
+  values = {flag.name: _value(flag, given.get(flag.name), program) for flag in flags}
+  for flag in flags:
+    if flag.kind is FlagKind.CONFIG:
+      values["config_source"] = values[flag.name]
+      values[flag.name] = _load(values[flag.name], overrides)
+  return SimpleNamespace(**values)
+
+
+def _pairs(
+  argv: Sequence[str], table: dict[str, Flag], program: str
+) -> Iterator[tuple[str, str | None]]:
+  """Yields (flag name, text); the text is None for an override written without a value."""
+  words = list(argv)
+  while words:
+    word = words.pop(0)
+    name, equals, text = word.removeprefix("--").partition("=")
+    if not word.startswith("--") or not _is_known(name, table):
+      raise _unexpected(word, table, program)
+    if equals:
+      yield name, text
+    elif name in table:
+      if not words:
+        raise UserError(f"--{name} needs a value: --{name}={table[name].kind.value}")
+      yield name, words.pop(0)
+    else:
+      takes_next = words and not words[0].startswith("--") and name.startswith(_OVERRIDE)
+      yield name, words.pop(0) if takes_next else None
+
+
+def _is_known(name: str, table: dict[str, Flag]) -> bool:
+  has_config = any(flag.kind is FlagKind.CONFIG for flag in table.values())
+  return name in table or (has_config and name.startswith((_OVERRIDE, _NEGATED_OVERRIDE)))
+
+
+def _unexpected(word: str, table: dict[str, Flag], program: str) -> UserError:
+  """Explains a word that is no flag: dashes forgotten, misspelt, or stray."""
+  name, equals, text = word.lstrip("-").partition("=")
+  if _is_known(name, table) and equals:
+    return UserError(f"unexpected argument {word!r}; did you mean --{name}={text}?")
+  if not word.startswith("-") and not (equals and nearest(name, table)):
+    return UserError(
+      f"unexpected argument {word!r}; {program} takes only flags, written --name=value"
+      " (quote a value that holds spaces)"
+    )
+  return UserError(f"{word.partition('=')[0]} is no flag of {program}; {_flag_hint(name, table)}")
+
+
+def _flag_hint(name: str, table: dict[str, Flag]) -> str:
+  """Suggests a flag; for `confg.a.b` corrects the first word and keeps the rest."""
+  first, dot, rest = name.partition(".")
+  if dot and nearest(first, table) is not None and _is_known(f"{_OVERRIDE}{rest}", table):
+    return f"did you mean --{_OVERRIDE}{rest}?"
+  return did_you_mean(name, table, "--")
+
+
+def _value(flag: Flag, texts: list[str] | None, program: str) -> Any:
+  """Converts what was given for one flag, or returns its default."""
+  if texts is None:
+    if flag.default is REQUIRED:
+      raise UserError(f"{program} needs --{flag.name}={flag.kind.value} ({flag.help})")
+    return flag.default
+  if flag.kind is FlagKind.FOLDERS:
+    return tuple(_convert(flag, text) for text in texts)
+  return _convert(flag, texts[-1])
+
+
+def _convert(flag: Flag, text: str) -> Any:
+  """Converts one text to the type its kind means."""
+  if flag.kind is FlagKind.TEXT:
+    return text
+  if not text:
+    raise UserError(f"--{flag.name}= is empty, expected --{flag.name}={flag.kind.value}")
+  kinds = {FlagKind.INTEGER: (int, "an int"), FlagKind.NUMBER: (float, "a number")}
+  convert, expected = kinds.get(flag.kind, (str, "text"))
+  try:
+    return convert(text)
+  except ValueError as error:
+    raise UserError(f"--{flag.name}={text}: {text!r} is not {expected}") from error
+
+
+def _load(source: str, overrides: list[tuple[str, str | None]]) -> Any:
+  """Loads the config file and applies the overrides in order."""
+  # Imported late: ml_collections takes longer to import than `moe-jax --help` takes to print.
+  from moe_jax.config.load import load_config, override
+
+  config = load_config(source)
+  for name, text in overrides:
+    field = name.removeprefix(_OVERRIDE)
+    if name.startswith(_NEGATED_OVERRIDE):
+      field = name.removeprefix(_NEGATED_OVERRIDE)
+      if text is not None:
+        raise UserError(f"--{name}={text}: --no... takes no value; use --config.{field}={text}")
+      text = "false"
+    elif text is None:
+      text = _bare_value(config, field)
+    override(config, field, text)
+  return config
+
+
+def _bare_value(config: Any, field: str) -> str:
+  """Returns "true" for a bare boolean override; any other type needs a value."""
+  try:
+    current = config
+    for part in field.split("."):
+      current = current[part]
+  except (KeyError, TypeError):
+    return "true"  # an unknown field: `override` names the nearest one
+  if isinstance(current, bool):
+    return "true"
+  raise UserError(f"--config.{field} needs a value: --config.{field}={current}")
