@@ -45,18 +45,28 @@ def routing_metrics(
   confidence_GS = jnp.max(probs_GSE, axis=-1) * mask_GS
   metrics = {
     "load": load_E,
-    "load_entropy": _normalized_entropy(load_E),
-    "max_violation": E * jnp.max(load_E) - 1.0,
+    **load_statistics(load_E),
     "max_violation_floor": max_violation_floor(G * S * config.top_k, E),
     "dropped_fraction": (asked - kept) / jnp.maximum(asked, 1.0),
     "dropped_tokens": jnp.sum(lost_GS) / jnp.maximum(real, 1),
-    "dead_experts": jnp.sum(count_E == 0),
     "router_confidence": jnp.sum(confidence_GS) / jnp.maximum(real, 1),
     "capacity_utilization": kept / slots,
     "slots_per_assignment": slots / (G * S * config.top_k),
     "effective_capacity_factor": slots / (G * S * (1 if per_token else config.top_k)),
   }
   return jax.lax.stop_gradient({k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()})
+
+
+def load_statistics(load_E: jax.Array) -> dict[str, jax.Array]:
+  """Returns `load_entropy`, `max_violation` and `dead_experts` of a load vector (E,).
+
+  Apart from `routing_metrics`, because loads add up over microbatches and these do not.
+  """
+  return {
+    "load_entropy": _normalized_entropy(load_E),
+    "max_violation": load_E.shape[0] * jnp.max(load_E) - 1.0,
+    "dead_experts": jnp.sum(load_E == 0).astype(jnp.float32),
+  }
 
 
 def _normalized_entropy(load_E: jax.Array) -> jax.Array:

@@ -1,0 +1,82 @@
+"""Checkpoints: the train state and the place in the data stream, through orbax.
+
+A folder `checkpoints/<step>/` holds the item `state` (arrays) and the item `data` (JSON). A save
+that was cut short leaves a temporary folder, which the next run removes.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from moe_jax.errors import UserError
+from moe_jax.training.config import CheckpointConfig
+from moe_jax.training.state import TrainState
+
+_FOLDER = "checkpoints"
+
+
+class Checkpoints:
+  """Saves in the background and restores the latest; use as a context manager."""
+
+  def __init__(self, workdir: Path, config: CheckpointConfig):
+    self._manager = ocp.CheckpointManager(
+      (workdir / _FOLDER).absolute(),
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=config.keep, cleanup_tmp_directories=True, enable_async_checkpointing=True),
+      item_names=("state", "data"),
+    )
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *exception) -> None:
+    self._manager.close()
+
+  def latest_step(self) -> int | None:
+    """Returns the newest complete step, or None."""
+    return self._manager.latest_step()
+
+  def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
+    """Saves; the state is copied before this returns, writing goes on in the background."""
+    self._manager.save(step, args=ocp.args.Composite(
+      state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)))
+
+  def wait(self) -> None:
+    """Returns when everything saved is on disk."""
+    self._manager.wait_until_finished()
+
+  def restore(self, step: int, template: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """Restores a step into the shapes, dtypes and shardings of `template` (abstract arrays)."""
+    restored = self._manager.restore(step, args=ocp.args.Composite(
+      state=ocp.args.StandardRestore(template), data=ocp.args.JsonRestore()))
+    return restored.state, restored.data
+
+
+def restore_params(workdir: Path, template: TrainState, step: int | None = None) -> tuple[int, Any]:
+  """Returns (step, parameters) of a run's checkpoint, the latest if `step` is None.
+
+  Raises:
+    UserError: the run has no checkpoint, or not that one.
+  """
+  folder = workdir / _FOLDER
+  if not folder.is_dir():
+    raise UserError(f"{workdir} holds no checkpoints; expected a folder made by moe-jax train")
+  with ocp.CheckpointManager(folder.absolute(), item_names=("state", "data")) as manager:
+    steps = sorted(manager.all_steps())
+    if not steps:
+      raise UserError(f"{folder} holds no complete checkpoint; run moe-jax train again to go on")
+    if step is not None and step not in steps:
+      nearest = min(steps, key=lambda s: abs(s - step))
+      raise UserError(f"{folder} has no step {step}; the nearest is {nearest} (steps: "
+                      f"{', '.join(map(str, steps))})")
+    step = steps[-1] if step is None else step
+    state = manager.restore(
+      step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template))).state
+  return step, state.params
+
+
+def abstract(state_fn) -> TrainState:
+  """Returns the shapes and dtypes of what `state_fn()` makes, without making it."""
+  return jax.eval_shape(state_fn)

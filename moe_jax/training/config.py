@@ -1,0 +1,165 @@
+"""The experiment: everything a config file says, as dataclasses that validate themselves."""
+
+import dataclasses
+from typing import Any
+
+from moe_jax.config import dataclass_from
+from moe_jax.data.config import DataConfig
+from moe_jax.data.tokenizers import get_tokenizer
+from moe_jax.errors import UserError
+from moe_jax.models import ModelConfig
+from moe_jax.moe import MoEConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW with linear warm-up and cosine decay.
+
+  Attributes:
+    learning_rate: the peak.
+    warmup_steps: linear from 0.
+    final_fraction: the last learning rate as a fraction of the peak.
+    weight_decay: decoupled; not on norms and biases.
+    clip_norm: global gradient norm above which gradients are scaled down; 0 = no clipping.
+    b1, b2, epsilon: Adam's.
+  """
+
+  learning_rate: float = 1e-3
+  warmup_steps: int = 100
+  final_fraction: float = 0.1
+  weight_decay: float = 0.1
+  clip_norm: float = 1.0
+  b1: float = 0.9
+  b2: float = 0.95
+  epsilon: float = 1e-8
+
+  def __post_init__(self):
+    _at_least(self, 0, "learning_rate", "warmup_steps", "final_fraction", "weight_decay",
+              "clip_norm")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """Evaluation on the whole held-out split, dropless and at the training capacity.
+
+  Attributes:
+    every: optimiser steps between evaluations; the last step is always evaluated.
+    batch_size: sequences a batch; 0 = the training batch, so that "at the training capacity" means
+      the same group size too.
+  """
+
+  every: int = 500
+  batch_size: int = 0
+
+  def __post_init__(self):
+    _at_least(self, 1, "every")
+    _at_least(self, 0, "batch_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  """Checkpoints: every `every` steps and at the end; the newest `keep` stay."""
+
+  every: int = 500
+  keep: int = 2
+
+  def __post_init__(self):
+    _at_least(self, 1, "every", "keep")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+  """Metrics: one line of metrics.jsonl every `every` steps, of that step alone.
+
+  Attributes:
+    every: steps between lines.
+    tensorboard: also write TensorBoard events (needs the `tensorboard` extra).
+  """
+
+  every: int = 10
+  tensorboard: bool = False
+
+  def __post_init__(self):
+    _at_least(self, 1, "every")
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+  """The text continued at the end of training."""
+
+  prompt: str = "The President"
+  max_new_tokens: int = 200
+  temperature: float = 0.8
+
+  def __post_init__(self):
+    _at_least(self, 0, "max_new_tokens", "temperature")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+  """The report: `baseline` names a JSON file with the curve to draw beside the run's, if any."""
+
+  baseline: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+  """One training run.
+
+  Attributes:
+    model: the architecture, its experts and vocabulary included.
+    data: what to train on.
+    seed: of initialisation, data order, and everything random in a step.
+    steps: optimiser steps.
+    batch_size: sequences an optimiser step.
+    accumulation_steps: microbatches a step; must divide batch_size. Router losses and capacity see
+      a microbatch, the language-model loss is that of the whole batch.
+  """
+
+  model: ModelConfig
+  data: DataConfig = DataConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  eval: EvalConfig = EvalConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+  log: LogConfig = LogConfig()
+  sample: SampleConfig = SampleConfig()
+  report: ReportConfig = ReportConfig()
+  seed: int = 0
+  steps: int = 1000
+  batch_size: int = 16
+  accumulation_steps: int = 1
+
+  def __post_init__(self):
+    _at_least(self, 0, "seed")
+    _at_least(self, 1, "steps", "batch_size", "accumulation_steps")
+    if self.batch_size % self.accumulation_steps:
+      raise UserError(f"accumulation_steps = {self.accumulation_steps} does not divide batch_size"
+                      f" = {self.batch_size}")
+    if self.model.moe is not None:
+      self.model.moe.routing.check_trainable()
+
+
+def experiment_from(mapping: Any) -> ExperimentConfig:
+  """Builds an experiment from a config file's mapping.
+
+  The mapping keeps `moe` beside `model`, and leaves the vocabulary to the tokenizer; here both
+  join the model.
+
+  Raises:
+    UserError: see `dataclass_from`; paths are those of the file, such as config.moe.top_k.
+  """
+  sections = {str(key): mapping[key] for key in mapping.keys()}
+  data = dataclass_from(DataConfig, sections.get("data", {}), "config.data")
+  moe = sections.pop("moe", None)
+  model = {str(key): value for key, value in dict(sections.get("model", {})).items()}
+  if moe is not None:
+    model["moe"] = dataclass_from(MoEConfig, moe, "config.moe")
+  model.setdefault("vocab_size", get_tokenizer(data.tokenizer).vocab_size)
+  sections["model"] = dataclass_from(ModelConfig, model, "config.model")
+  return dataclass_from(ExperimentConfig, sections, "config")
+
+
+def _at_least(config, least, *names: str) -> None:
+  for name in names:
+    if getattr(config, name) < least:
+      raise UserError(f"{name} = {getattr(config, name)} is refused: it must be at least {least}")

@@ -1,0 +1,48 @@
+"""What a training step changes: parameters, optimiser state, step number. No hidden randomness."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from moe_jax.models import Decoder, ModelConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """The state of a run; every random number of a step is a function of (seed, step).
+
+  Attributes:
+    step: int32 scalar, optimiser steps done.
+    params: the model's parameters, float32.
+    opt_state: the optimiser's state.
+  """
+
+  step: jax.Array
+  params: nnx.State
+  opt_state: Any
+
+
+def model_graph(config: ModelConfig) -> nnx.GraphDef:
+  """Returns the model without its parameters; `nnx.merge(graph, params)` makes it whole.
+
+  Configs that differ in routing, dispatch or dropout share parameters, so one set of weights runs
+  under several graphs: training capacity, dropless, ...
+  """
+  return nnx.split(nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0))))[0]
+
+
+def init_state(
+  config: ModelConfig, optimizer: optax.GradientTransformation, seed: int
+) -> TrainState:
+  """Returns the state before the first step."""
+
+  def init():
+    params = nnx.split(Decoder(config, key=jax.random.key(seed)))[1]
+    return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+  return jax.jit(init)()

@@ -1,0 +1,121 @@
+"""One optimiser step and one evaluation batch, as pure functions."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from moe_jax.models import ModelAux, ModelConfig
+from moe_jax.moe.metrics import load_statistics
+from moe_jax.training.config import ExperimentConfig
+from moe_jax.training.optimizer import learning_rate_schedule
+from moe_jax.training.state import TrainState, model_graph
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def token_nll(model, batch: Batch, **call: Any) -> tuple[jax.Array, ModelAux]:
+  """Returns the summed negative log-likelihood (nats) of the batch's targets, and the aux record.
+
+  Args:
+    model: the language model.
+    batch: `tokens`, `targets`, `segment_ids`, `positions`, `loss_mask`, each (B, L) int32.
+    **call: passed to the model.
+  """
+  logits, aux = model(
+    batch["tokens"], token_mask=batch["segment_ids"] > 0, segment_ids=batch["segment_ids"],
+    positions=batch["positions"], return_aux=True, **call)
+  nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+  return jnp.sum(nll * batch["loss_mask"]), aux
+
+
+def make_train_step(
+  config: ExperimentConfig, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """Returns step(state, batch) -> (state, metrics), compiled, the old state donated.
+
+  The language-model loss is the mean over all targets of the batch, however it is cut into
+  microbatches; the weighted router losses are averaged over microbatches.
+  """
+  graph = model_graph(config.model)
+  schedule = learning_rate_schedule(config.optimizer, config.steps)
+  moe_layers = config.model.moe_layers()
+
+  def objective(params, batch, key, num_targets):
+    nll, aux = token_nll(nnx.merge(graph, params), batch, train=True, key=key)
+    routed = aux.losses.get("weighted", 0.0) / config.accumulation_steps
+    return nll / num_targets + routed, _microbatch_metrics(nll / num_targets, aux)
+
+  def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    grads, metrics = _accumulate(
+      objective, state.params, batch, key, config.accumulation_steps)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics = _step_metrics(metrics, moe_layers, config.accumulation_steps)
+    metrics["grad_norm"] = optax.global_norm(grads)
+    metrics["learning_rate"] = schedule(state.step)
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+  return jax.jit(step, donate_argnums=0)
+
+
+def make_eval_step(config: ModelConfig) -> Callable[[nnx.State, Batch], Metrics]:
+  """Returns eval(params, batch) -> summed `nll` in nats, `targets`, and `dropped` assignments."""
+  graph = model_graph(config)
+
+  def evaluate(params: nnx.State, batch: Batch) -> Metrics:
+    nll, aux = token_nll(nnx.merge(graph, params), batch)
+    real = jnp.sum(batch["segment_ids"] > 0)
+    dropped = aux.metrics.get("dropped_fraction", jnp.float32(0)) * real
+    return {"nll": nll, "targets": jnp.sum(batch["loss_mask"]), "tokens": real, "dropped": dropped}
+
+  return jax.jit(evaluate)
+
+
+def _accumulate(objective, params, batch, key, count: int):
+  """Sums gradients and metrics over `count` microbatches, one in memory at a time."""
+  num_targets = jnp.maximum(jnp.sum(batch["loss_mask"]), 1)
+  grad = jax.grad(objective, has_aux=True)
+  if count == 1:
+    return grad(params, batch, key, num_targets)
+  cut = jax.tree.map(lambda a: a.reshape((count, -1) + a.shape[1:]), batch)
+
+  def add(total, microbatch):
+    return jax.tree.map(jnp.add, total, grad(params, *microbatch, num_targets)), None
+
+  keys = jax.random.split(key, count)
+  first = jax.tree.map(lambda a: a[0], (cut, keys))
+  shapes = jax.eval_shape(grad, params, *first, num_targets)
+  zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+  return jax.lax.scan(add, zeros, (cut, keys))[0]
+
+
+def _microbatch_metrics(loss: jax.Array, aux: ModelAux) -> dict:
+  """Collects what is summed over microbatches."""
+  layers = [plan.metrics for plan in aux.plans]
+  losses = {k: v for k, v in aux.losses.items() if k != "weighted"}
+  return {"loss": loss, "losses": losses, "layers": layers}
+
+
+def _step_metrics(summed: dict, moe_layers: list[int], count: int) -> Metrics:
+  """Names a step's metrics; loads are those of the whole step, other router metrics means."""
+  metrics = {"loss": summed["loss"]}
+  if not moe_layers:
+    return metrics
+  metrics["aux_loss"] = summed["losses"]["load_balance"] / count
+  metrics["z_loss"] = summed["losses"]["router_z"] / count
+  layers = []
+  for layer in summed["layers"]:
+    means = {name: value / count for name, value in layer.items()}
+    layers.append({**means, **load_statistics(means["load"])})
+  for index, layer in zip(moe_layers, layers, strict=True):
+    metrics.update({f"moe/layer_{index}/{name}": value for name, value in layer.items()})
+  for name in layers[0]:
+    if name != "load":
+      metrics[f"moe/{name}"] = sum(layer[name] for layer in layers) / len(layers)
+  return metrics
