@@ -1,7 +1,7 @@
 """Compute router losses with plain loops, float64.
 
-Every load-balance loss here is scaled so that uniform routing gives 1 (or K where all K choices
-count).
+Every load-balance loss here is scaled so that uniform routing gives 1, or K where all K
+choices count.
 """
 
 import math
@@ -14,8 +14,7 @@ from oracles import routing
 def load_balance_loss(scores, selected, *, kind, scope="group", padding="exclude", token_mask=None):
   """Return the load-balance loss, E * sum_e f_e * P_e.
 
-  f_e is the fraction of tokens that want expert e, before any drop; P_e is the mean score of expert
-  e.
+  f_e is the fraction of tokens that want expert e, before any drop; P_e is its mean score.
 
   Args:
     scores: (G, S, E) router probabilities.
@@ -69,8 +68,7 @@ def counted_experts(scores, selected, kind):
 
 
 def router_z_loss(logits, *, padding="exclude", token_mask=None):
-  """Return the router z-loss: mean over tokens of logsumexp(logits)^2 (ST-MoE arXiv 2202.08906 Eq.
-  5).
+  """Return the mean over tokens of logsumexp(logits)^2 (ST-MoE arXiv 2202.08906 Eq. 5).
 
   Args:
     logits: (G, S, E) router logits.
@@ -96,6 +94,6 @@ def router_z_loss(logits, *, padding="exclude", token_mask=None):
 
 
 def log_sum_exp(logits):
-  """Return ln(sum(exp(logits))) of one vector, shifted by its maximum so that exp cannot overflow."""
+  """Return ln(sum(exp(logits))) of one vector, shifted by its maximum against overflow."""
   largest = max(logits)
   return largest + math.log(sum(math.exp(logit - largest) for logit in logits))

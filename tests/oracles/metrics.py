@@ -46,8 +46,7 @@ def max_violation(counts):
 
 
 def max_violation_floor(num_assignments, num_experts, *, draws=2000, seed=0):
-  """Return the mean of `max_violation` when every assignment picks an expert uniformly, by Monte
-  Carlo.
+  """Return the mean `max_violation` of uniformly random assignments, by Monte Carlo.
 
   Reference values: 2,048 assignments give 0.089, 0.160 and 0.441 for 8, 16 and 64 experts; 65,536
   give 0.016, 0.028 and 0.074.

@@ -55,7 +55,7 @@ def check_option(name, value, allowed):
 
 
 def softmax(logits):
-  """Return the float64 softmax of one vector, shifted by its maximum so that exp cannot overflow."""
+  """Return the float64 softmax of one vector, shifted by its maximum against overflow."""
   logits = np.asarray(logits, np.float64)
   shifted = [math.exp(logit - max(logits)) for logit in logits]
   return np.array([value / sum(shifted) for value in shifted])
@@ -168,7 +168,7 @@ def route_group(
 
 
 def place(wishes, num_experts, capacity):
-  """Give slots in the order of `wishes`, (token, choice, expert, weight) tuples; a full expert drops."""
+  """Give slots in the order of `wishes`: (token, choice, expert, weight) tuples."""
   used = [0] * num_experts
   assignments = []
   for token, choice, expert, weight in wishes:
