@@ -9,7 +9,7 @@ from oracles import capacity, losses, metrics, routing
 
 
 def round_capacity(**changes):
-  """Return the capacity of 2,000 tokens, 48 experts, top-2 and factor 1.25 with some options changed."""
+  """Return the capacity of 2,000 tokens, 48 experts, top-2, factor 1.25, with some changes."""
   options = {
     "tokens_per_group": 2000,
     "num_experts": 48,
@@ -67,11 +67,14 @@ def uniform_routing():
 
 
 @pytest.mark.parametrize("scope", ["group", "batch"])
-@pytest.mark.parametrize(("kind", "expected"), [("switch", 1.0), ("gshard", 1.0), ("all_choices",
-2.0)]) def test_uniform_routing_gives_the_known_minimum(kind, expected, scope):
+@pytest.mark.parametrize(
+  ("kind", "expected"), [("switch", 1.0), ("gshard", 1.0), ("all_choices", 2.0)]
+)
+def test_uniform_routing_gives_the_known_minimum(kind, expected, scope):
   scores, selected = uniform_routing()
-  assert losses.load_balance_loss(scores, selected, kind=kind, scope=scope) ==
-  pytest.approx(expected)
+  assert losses.load_balance_loss(scores, selected, kind=kind, scope=scope) == pytest.approx(
+    expected
+  )
 
 
 @pytest.mark.parametrize("padding", ["exclude", "flaxformer"])
@@ -133,7 +136,9 @@ def test_sampling_floor_of_max_violation(num_assignments, num_experts, expected)
   )
 
 
-@pytest.mark.parametrize(("counts", "entropy", "violation"), [((3, 3, 3), 1.0, 0.0), ((9, 0, 0),
-0.0, 2.0)]) def test_extreme_loads(counts, entropy, violation):
+@pytest.mark.parametrize(
+  ("counts", "entropy", "violation"), [((3, 3, 3), 1.0, 0.0), ((9, 0, 0), 0.0, 2.0)]
+)
+def test_extreme_loads(counts, entropy, violation):
   assert metrics.load_entropy(counts) == pytest.approx(entropy)
   assert metrics.max_violation(counts) == pytest.approx(violation)
