@@ -142,23 +142,17 @@ def route_group(
   check_option("priority", priority, ("position", "max_score"))
   check_option("second_expert", second_expert, ("always", "random"))
   logits = np.asarray(logits, np.float64)
-  num_tokens = len(logits)
-  is_real = [True] * num_tokens if token_mask is None else [bool(real) for real in token_mask]
   scores = np.array([softmax(row) for row in logits])
-  chosen = [top_experts(row, top_k) for row in scores]
-  weights = [
-    selected_weights(logits[token], scores[token], chosen[token], weighting)
-    for token in range(num_tokens)
-  ]
-
   wishes = []
   for token, choice in serving_order(token_order(scores, priority), top_k, drop_order):
-    if not is_real[token]:
+    if token_mask is not None and not token_mask[token]:
       continue
+    experts = top_experts(scores[token], top_k)
     if second_expert == "random" and choice == 1:
-      if not second_expert_is_used(scores[token], chosen[token], second_expert_draws[token]):
+      if not second_expert_is_used(scores[token], experts, second_expert_draws[token]):
         continue
-    wishes.append((token, choice, chosen[token][choice], weights[token][choice]))
+    weights = selected_weights(logits[token], scores[token], experts, weighting)
+    wishes.append((token, choice, experts[choice], weights[choice]))
 
   assignments = place(wishes, scores.shape[1], capacity)
   if weighting == "renormalized_after_drop":
