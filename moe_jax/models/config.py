@@ -7,7 +7,9 @@ import enum
 from moe_jax.errors import UserError
 from moe_jax.layers.attention import AttentionConfig
 from moe_jax.layers.mlp import FeedForwardConfig
+from moe_jax.moe.dispatch import Dispatch
 from moe_jax.moe.layer import MoEConfig
+from moe_jax.moe.types import Overflow
 
 MIXERS = ("attention",)
 FEED_FORWARDS = ("dense", "moe")
@@ -49,7 +51,8 @@ class ModelConfig:
     model_dim: D.
     segments: ((pattern, repeats), ...); a pattern is a string of blocks "mixer:feed_forward", for
       example "attention:dense attention:moe": Switch's alternation.
-    attention: the mixer "attention".
+    attention: the mixer "attention"; its fields are flattened into the model's level in config
+      files.
     mlp: the feed-forward "dense".
     moe: the feed-forward "moe"; None if no block uses it.
     tie_embeddings: the head is the transposed embedding.
@@ -63,7 +66,7 @@ class ModelConfig:
   vocab_size: int
   model_dim: int
   segments: tuple[tuple[str, int], ...]
-  attention: AttentionConfig
+  attention: AttentionConfig = dataclasses.field(metadata={"flatten": True})
   mlp: FeedForwardConfig
   moe: MoEConfig | None = None
   tie_embeddings: bool = False
@@ -109,6 +112,17 @@ class ModelConfig:
       return self
     routing = dataclasses.replace(self.moe.routing, **changes)
     return dataclasses.replace(self, moe=dataclasses.replace(self.moe, routing=routing))
+
+  def dropless(self) -> "ModelConfig":
+    """Returns this config with room for every token: an output depends on its own sequence only.
+
+    Uses ragged dispatch, which needs no capacity buffer.
+    """
+    if self.moe is None:
+      return self
+    config = self.with_routing(overflow=Overflow.DROPLESS)
+    return dataclasses.replace(
+      config, moe=dataclasses.replace(config.moe, dispatch=Dispatch.RAGGED))
 
 
 def _parse_segment(segment) -> Segment:

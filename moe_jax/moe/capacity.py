@@ -1,5 +1,6 @@
 """Capacity (how many slots an expert has) and the place stage (who gets them)."""
 
+import fractions
 import math
 
 import jax
@@ -15,8 +16,10 @@ def expert_capacity(config: RoutingConfig, num_tokens: int, *, train: bool) -> i
   """Returns C, the slots of one expert in a group of `num_tokens` = S tokens.
 
   `per_token`: CF * S / E (Switch, arXiv 2101.03961 Eq. 3); `per_assignment`: CF * K * S / E
-  (GShard, arXiv 2006.16668 section 2.2, where CF = 1 and K = 2 give 2S/E). Padding tokens count in
-  S, so that C is static. Dropless routing has C = S: a token asks for an expert at most once.
+  (GShard, arXiv 2006.16668 section 2.2, where CF = 1 and K = 2 give 2S/E). CF is read as the
+  decimal it was written as: 1.1 * 100 / 10 is 11 slots, not ceil(11.000000000000002). Padding
+  tokens count in S, so that C is static. Dropless routing has C = S: a token asks for an expert at
+  most once.
   """
   if config.overflow == Overflow.DROPLESS:
     return num_tokens
@@ -26,8 +29,8 @@ def expert_capacity(config: RoutingConfig, num_tokens: int, *, train: bool) -> i
   asked = num_tokens
   if config.capacity_convention == CapacityConvention.PER_ASSIGNMENT:
     asked *= config.top_k
-  slots = max(_ROUND[config.capacity_rounding](factor * asked / config.num_experts),
-              config.min_capacity)
+  exact = fractions.Fraction(str(factor)) * asked / config.num_experts
+  slots = max(_ROUND[config.capacity_rounding](exact), config.min_capacity)
   slots = -(-slots // config.capacity_multiple) * config.capacity_multiple
   return min(slots, num_tokens)
 

@@ -1,0 +1,5 @@
+"""Generation with a key-value cache."""
+
+from moe_jax.inference.generate import generate
+
+__all__ = ["generate"]

@@ -1,0 +1,145 @@
+"""Where metrics go: metrics.jsonl always, TensorBoard on request, the terminal."""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import rich.console
+import rich.progress
+
+from moe_jax.errors import UserError
+from moe_jax.training.run_folder import METRICS_FILE
+
+Row = dict[str, Any]
+
+
+class JsonLinesWriter:
+  """Appends one JSON object a step to metrics.jsonl; a step appears once.
+
+  Opening it cuts the file behind the restored step: what a killed run wrote beyond its last
+  checkpoint will be written again, the same.
+  """
+
+  def __init__(self, workdir: Path, restored_step: int):
+    self._path = workdir / METRICS_FILE
+    cut_after(self._path, restored_step)
+    self._file = open(self._path, "a")
+
+  def write(self, row: Row) -> None:
+    """Writes one line and hands it to the operating system."""
+    self._file.write(json.dumps(row) + "\n")
+    self._file.flush()
+
+  def sync(self) -> None:
+    """Returns when all lines are on disk: call it before a checkpoint that they precede."""
+    os.fsync(self._file.fileno())
+
+  def close(self) -> None:
+    """Closes the file."""
+    self._file.close()
+
+
+def cut_after(path: Path, step: int) -> None:
+  """Drops the rows beyond `step`, and a last line that a kill cut short."""
+  if not path.exists():
+    return
+  kept = []
+  for line in path.read_text().splitlines(keepends=True):
+    if not line.endswith("\n") or json.loads(line)["step"] > step:
+      break
+    kept.append(line)
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_text("".join(kept))
+  os.replace(temporary, path)
+
+
+class TensorBoardWriter:
+  """Writes the scalars of each row as TensorBoard events."""
+
+  def __init__(self, workdir: Path, restored_step: int):
+    try:
+      import tensorboardX
+    except ImportError:
+      raise UserError("log.tensorboard = True needs tensorboardX; pip install"
+                      " 'moe_jax[tensorboard]', or set log.tensorboard = False") from None
+    # Rows beyond the checkpoint are written again; purge_step hides the first ones.
+    self._writer = tensorboardX.SummaryWriter(
+      str(workdir / "tensorboard"), purge_step=restored_step + 1)
+
+  def write(self, row: Row) -> None:
+    """Writes every scalar of a row."""
+    for name, value in row.items():
+      if name != "step" and not isinstance(value, list):
+        self._writer.add_scalar(name, value, row["step"])
+
+  def sync(self) -> None:
+    """Flushes the events."""
+    self._writer.flush()
+
+  def close(self) -> None:
+    """Closes the event file."""
+    self._writer.close()
+
+
+class Progress:
+  """Shows a run: a bar with ETA and losses on a terminal, one line every few seconds elsewhere."""
+
+  _SECONDS_BETWEEN_LINES = 10.0
+
+  def __init__(self, first_step: int, steps: int, title: str):
+    self._console = rich.console.Console(highlight=False, soft_wrap=True)
+    self._steps, self._first = steps, first_step
+    self._started = self._last_line = time.monotonic()
+    self._bar = self._task = None
+    if self._console.is_terminal:
+      self._bar = rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn(bar_width=None),
+        rich.progress.MofNCompleteColumn(), rich.progress.TimeElapsedColumn(),
+        rich.progress.TextColumn("left"), rich.progress.TimeRemainingColumn(elapsed_when_finished=False),
+        rich.progress.TextColumn("{task.fields[losses]}"), console=self._console)
+      self._task = self._bar.add_task(title, total=steps, completed=first_step, losses="")
+      self._bar.start()
+
+  def update(self, row: Row) -> None:
+    """Shows a row of metrics."""
+    text = _losses_text(row)
+    if self._bar is not None:
+      self._bar.update(self._task, completed=row["step"], losses=text)
+      return
+    now = time.monotonic()
+    if now - self._last_line >= self._SECONDS_BETWEEN_LINES or "eval_loss" in row:
+      self._last_line = now
+      done = max(row["step"] - self._first, 1)
+      left = (now - self._started) / done * (self._steps - row["step"])
+      self.say(f"step {row['step']}/{self._steps}  {text}  {_clock(left)} left")
+
+  def say(self, text: str) -> None:
+    """Prints a line above the bar."""
+    self._console.print(text, markup=False)
+    sys.stdout.flush()
+
+  def close(self) -> None:
+    """Ends the bar."""
+    if self._bar is not None:
+      self._bar.stop()
+
+
+def _losses_text(row: Row) -> str:
+  parts = [f"loss {row['loss']:.3f}"]
+  if "aux_loss" in row:
+    parts.append(f"aux {row['aux_loss']:.3f}")
+    parts.append(f"dropped {100 * row['moe/dropped_fraction']:.1f}%")
+  if "eval_loss" in row:
+    parts.append(f"held-out {row['eval_loss']:.3f} ({row['eval_bits_per_byte']:.3f} bits/byte)")
+  if math.isfinite(row["tokens_per_second"]):
+    parts.append(f"{row['tokens_per_second']:,.0f} tok/s")
+  return "  ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+  minutes, seconds = divmod(int(seconds), 60)
+  return f"{minutes}:{seconds:02d}"
