@@ -36,12 +36,12 @@ def section(run: Run, others: Sequence[tuple[str, Run]]) -> str:
 
 
 def differences(run: Run, other: Run) -> str:
-  """Lists the settings of `other` that are not `run`'s, as `path=value`."""
+  """Lists the settings of `other` that are not `run`'s, as `path=value`, the report's left out."""
   mine, theirs = _flat(run.config or {}), _flat(other.config or {})
   changed = [
     f"{path}={json.dumps(theirs.get(path), ensure_ascii=False)}"
     for path in sorted(mine.keys() | theirs.keys())
-    if mine.get(path) != theirs.get(path)
+    if mine.get(path) != theirs.get(path) and not path.startswith("report.")
   ]
   rest = len(changed) - _MAX_DIFFERENCES
   return ", ".join(changed[:_MAX_DIFFERENCES]) + (f" and {rest} more" if rest > 0 else "")

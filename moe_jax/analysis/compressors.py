@@ -25,7 +25,7 @@ def xz_bits_per_byte(heldout: bytes) -> float:
 def xz_primed_bits_per_byte(heldout: bytes, prime: bytes) -> float:
   """Measures what `heldout` adds, in bits per byte of it, to the `xz -9` of `prime` before it.
 
-  Only the last 64 MiB before a byte can be copied from, so of a longer `prime` the start is no help.
+  A byte can be copied only from the 64 MiB before it, so the start of a longer `prime` is no help.
 
   Args:
     heldout: the text to code.

@@ -17,14 +17,14 @@ _MAX_HEIGHT, _MAX_ROW = 330, 18
 
 
 def ratio_limit(loads: list[np.ndarray]) -> float:
-  """Chooses how many times 1/E the strongest colour means: the least that covers 98 % of cells.
+  """Chooses how many times 1/E the strongest colour means: the least that covers 90 % of cells.
 
   Args:
     loads: (N, E) shares of each layer; all layers get one limit so that they compare.
   """
   ratios = np.concatenate([(load * load.shape[1]).ravel() for load in loads])
   ratios = np.maximum(ratios[np.isfinite(ratios)], 1e-9)
-  reach = np.quantile(np.exp(np.abs(np.log(ratios))), 0.98) if ratios.size else 1.0
+  reach = np.quantile(np.exp(np.abs(np.log(ratios))), 0.9) if ratios.size else 1.0
   return next((limit for limit in _LIMITS if limit >= reach), _LIMITS[-1])
 
 
@@ -93,7 +93,9 @@ def _labels(frame: svg.Frame, last_load: np.ndarray, last_step: int) -> str:
   ticks, distance = svg.nice_ticks(*frame.x_range, 6)
   for tick in ticks:
     if tick == int(tick):
-      parts.append(svg.text(frame.x(tick), bottom + 16, svg.tick_label(tick, distance), "tick mid"))
+      parts.append(
+        svg.text(frame.x(tick), bottom + 16, svg.tick_label(tick, max(distance, 1)), "tick mid")
+      )
   middle = frame.left + frame.plot_width / 2
   parts.append(svg.text(middle, frame.height - 5, "step", "name mid"))
   return "".join(parts)

@@ -9,9 +9,9 @@ from moe_jax.analysis import svg
 from moe_jax.analysis.run_folder import Baseline, Run, Series
 from moe_jax.analysis.text import fixed
 
-_EARLY = 0.04  # the share of the run whose steep start may leave the frame
+_EARLY = 0.08  # the share of the run whose steep start may leave the frame
 _SMOOTHING = 0.03  # the smoothing window as a share of the logged rows
-_COMPARED_STYLES = ("c5", "c6", "c7", "c5 dashed", "c6 dashed", "c7 dashed")
+_COMPARED_STYLES = ("c7", "c5", "c7 dashed", "c5 dashed", "c7 dotted", "c5 dotted")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ def draw_loss(run: Run, baseline: Baseline | None, others: Sequence[tuple[str, R
   frame, hidden = _frame(run, curves, baseline, rules)
   body = svg.axes(frame, x_label="step", x_ticks=8, y_ticks=6) + _units(frame, run)
   body += svg.clipped(frame, "loss-frame", _drawn(frame, train, curves, baseline))
-  body += _drawn_rules(frame, rules)
+  body += _drawn_rules(frame, rules, curves)
   legend = [(curve.style, _with_last(curve.label, curve.series.last)) for curve in curves]
   if baseline is not None:
     mean = Series(baseline.steps, baseline.mean)
@@ -76,9 +76,9 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
   sums = np.concatenate([[0.0], np.cumsum(np.where(good, values, 0.0))])
   counts = np.concatenate([[0], np.cumsum(good)])
   index = np.arange(len(values))
-  # The window shrinks evenly on both sides at the ends, so a steep start is not flattened.
-  reach = np.minimum(half, np.minimum(index, len(values) - 1 - index))
-  first, stop = index - reach, index + reach + 1
+  # At the start the window shrinks on both sides, so that the steep fall is not flattened.
+  reach = np.minimum(half, index)
+  first, stop = index - reach, np.minimum(index + reach + 1, len(values))
   number = counts[stop] - counts[first]
   mean = (sums[stop] - sums[first]) / np.maximum(number, 1)
   return np.where(good, mean, np.nan)
@@ -89,7 +89,10 @@ def compressor_rules(run: Run) -> tuple[Rule, ...]:
   factor = run.bits_per_byte_per_nat
   if not factor:
     return ()
-  names = (("xz", "xz -9", "c3"), ("xz_primed", "xz -9 primed with the training text", "c4"))
+  names = (
+    ("xz", "xz\u00a0-9", "c3"),
+    ("xz_primed", "xz\u00a0-9 primed with the training text", "c4"),
+  )
   found = ((run.result(f"compressors.{key}"), label, style) for key, label, style in names)
   return tuple(
     Rule(f"{label}: {fixed(bits, 3)} bits/byte", bits / factor, style)
@@ -106,8 +109,21 @@ def _curves(run: Run, smooth: Series, others: Sequence[tuple[str, Run]]) -> list
   ]
   for index, (label, other) in enumerate(others):
     style = _COMPARED_STYLES[index % len(_COMPARED_STYLES)]
-    curves.append(Curve(f"{label} (held-out)", other.series("eval_loss"), style))
+    curves.append(Curve(f"{label} (held-out)", _in_units_of(run, other), style))
   return [curve for curve in curves if curve.series]
+
+
+def _in_units_of(run: Run, other: Run) -> Series:
+  """Returns the other run's held-out loss in nats per token of `run`'s tokenizer.
+
+  Bits per byte are common to all tokenizers, so the conversion goes through them; without them the
+  loss is taken as it is.
+  """
+  series = other.series("eval_loss")
+  mine, theirs = run.bits_per_byte_per_nat, other.bits_per_byte_per_nat
+  if not mine or not theirs:
+    return series
+  return Series(series.steps, series.values * theirs / mine)
 
 
 def _cut_at(baseline: Baseline, last_step: int) -> Baseline:
@@ -160,15 +176,29 @@ def _drawn(
   return "".join(parts)
 
 
-def _drawn_rules(frame: svg.Frame, rules: Sequence[Rule]) -> str:
+def _drawn_rules(frame: svg.Frame, rules: Sequence[Rule], curves: Sequence[Curve]) -> str:
   """Draws the compressors' lines; of two that are close, the lower one is labelled below."""
   heights = [frame.y(rule.value) for rule in rules]
-  close = len(rules) == 2 and abs(heights[0] - heights[1]) < 18
+  close = len(rules) == 2 and abs(heights[0] - heights[1]) < 20
   parts = []
-  for rule, height in zip(rules, heights, strict=True):
-    below = close and height == max(heights) and heights.count(height) == 1
-    parts.append(svg.rule(frame, rule.value, rule.label, f"{rule.style} thin", label_below=below))
+  for index, rule in enumerate(rules):
+    below = close and index == int(np.argmax(heights))
+    at_right = _has_room_at_right(frame, heights[index] + (10 if below else -10), curves)
+    style = f"{rule.style} thin"
+    parts.append(svg.rule(frame, rule.value, rule.label, style, at_right=at_right, below=below))
   return "".join(parts)
+
+
+def _has_room_at_right(frame: svg.Frame, height: float, curves: Sequence[Curve]) -> bool:
+  """Tells whether a label at `height` pixels keeps further from the curves in the right half."""
+  middle = sum(frame.x_range) / 2
+  distance = {True: float(frame.height), False: float(frame.height)}
+  for curve in curves:
+    gaps = np.abs(frame.y(curve.series.values) - height)
+    for at_right, nearest in distance.items():
+      there = gaps[((curve.series.steps > middle) == at_right) & np.isfinite(gaps)]
+      distance[at_right] = min([nearest, *there.tolist()])
+  return distance[True] >= distance[False]
 
 
 def _with_last(label: str, value: float | None) -> str:

@@ -87,7 +87,7 @@ def draw_panel(panel: Panel, last_step: int) -> str:
   y_range = (0.0, _top(float(values.max())) if values.size else 1.0)
   if values.size and values.min() < 0:
     y_range = svg.padded_range(values)
-  frame = svg.Frame(340, 190, 46, 10, 8, 36, (0.0, max(float(last_step), 1.0)), y_range)
+  frame = svg.Frame(340, 190, 46, 20, 8, 36, (0.0, max(float(last_step), 1.0)), y_range)
   body = svg.axes(frame, x_label="step", x_ticks=4, y_ticks=4)
   body += "".join(
     svg.line(frame, stroke.series.steps, stroke.series.values, stroke.style)

@@ -31,6 +31,7 @@ class Series:
     return float(kept[-1]) if kept.size else None
 
   def __bool__(self) -> bool:
+    """Tells whether there is anything to draw."""
     return bool(np.isfinite(self.values).any())
 
 
@@ -58,7 +59,9 @@ class Run:
   def load(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
     """Collects a layer's load: steps (N,) int64, shares (N, E) float64 (each row sums to 1)."""
     key = f"moe/layer_{layer}/load"
-    held = [(row["step"], row[key]) for row in self.rows if isinstance(row.get(key), list)]
+    held = [
+      (row["step"], row[key]) for row in self.rows if isinstance(row.get(key), list) and row[key]
+    ]
     if len({len(load) for _, load in held}) > 1:
       raise UserError(
         f"{self.path / 'metrics.jsonl'}: {key} changes its number of experts, "

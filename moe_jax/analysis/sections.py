@@ -7,6 +7,7 @@ from moe_jax.analysis import heatmap, panels
 from moe_jax.analysis.loss_figure import draw_loss
 from moe_jax.analysis.run_folder import Baseline, Run, baseline_path
 from moe_jax.analysis.text import (
+  MISSING,
   compact,
   duration,
   escape,
@@ -17,6 +18,7 @@ from moe_jax.analysis.text import (
   visible_token,
 )
 
+_OPEN_LAYERS = 4  # heat maps beyond these start folded
 _OPEN_EXPERTS = 32  # layers with more experts than this start folded
 
 
@@ -42,7 +44,7 @@ def headline(run: Run) -> str:
   speed = run.result("tokens_per_second")
   cards = (
     ("held-out bits per byte", fixed(bits, 3), _against_compressors(run)),
-    ("held-out loss", fixed(loss, 3), "nats per token"),
+    ("held-out loss", fixed(loss, 3), _at_capacity(run)),
     ("parameters", compact(total), f"{compact(active)} active for each token"),
     ("tokens seen", compact(run.result("tokens_seen") or run.series("tokens").last), _steps(run)),
     ("tokens per second", compact(speed or run.series("tokens_per_second").last), _flops(run)),
@@ -60,7 +62,10 @@ def verdict(run: Run) -> str:
   bits = run.evaluated("bits_per_byte")
   found = [
     (name, value)
-    for name, key in (("xz -9", "xz"), ("xz -9 primed with the training text", "xz_primed"))
+    for name, key in (
+      ("xz\u00a0-9", "xz"),
+      ("xz\u00a0-9 primed with the training text", "xz_primed"),
+    )
     if finite(value := run.result(f"compressors.{key}")) and value
   ]
   if not finite(bits) or not found:
@@ -108,14 +113,14 @@ def load(run: Run) -> str:
   for layer, (steps, shares) in loads.items():
     count = _experts(shares.shape[1])
     image = heatmap.heat_map(steps, shares, limit, f"Load of {count} in layer {layer} by step")
-    heading = f"<h3>Layer {layer} <small>{count}, even share "
-    figures.append(f"{heading}{percent(1 / shares.shape[1])}</small></h3><figure>{image}</figure>")
+    heading = f"Layer {layer} <small>{count}, even share {percent(1 / shares.shape[1])}</small>"
+    figures.append(f"<h3>{heading}</h3><figure>{image}</figure>")
   explained = caption(
     "Each row is an expert, each column a stretch of steps; colour is the expert's share of the "
     "assignments over the even share 1/E, on a log scale. Clear is even. "
     "The percentages are the shares at the last logged step."
   )
-  return section("load", "Expert load", _colour_key(limit), *figures, explained)
+  return section("load", "Expert load", _colour_key(limit), _folded(figures), explained)
 
 
 def routing(run: Run) -> str:
@@ -150,7 +155,7 @@ def experts(run: Run) -> str:
   explained = caption(
     "Share: the expert's part of all assignments on the held-out text. "
     "× lift: P(expert | token) / P(expert), how many times more often than average the token goes "
-    "to this expert; 1 is no preference. ␠ is a space, \\n a line break."
+    "to this expert; 1 is no preference. ␣ is a space, \\n a line break."
   )
   return section("experts", "What the experts took", *parts, explained)
 
@@ -193,7 +198,16 @@ def _less_or_more(change: float) -> str:
 
 def _against_compressors(run: Run) -> str:
   xz, primed = run.result("compressors.xz"), run.result("compressors.xz_primed")
-  return f"xz -9 {fixed(xz, 3)} · primed {fixed(primed, 3)}"
+  return f"xz\u00a0-9 {fixed(xz, 3)} · primed {fixed(primed, 3)}"
+
+
+def _at_capacity(run: Run) -> str:
+  bounded = run.evaluated("loss_at_capacity")
+  if not finite(bounded):
+    return "nats per token"
+  dropped = run.result("eval.dropped_fraction_at_capacity")
+  drops = f", {percent(dropped)} dropped" if finite(dropped) else ""
+  return f"nats per token · {fixed(bounded, 3)} at training capacity{drops}"
 
 
 def _steps(run: Run) -> str:
@@ -205,8 +219,10 @@ def _steps(run: Run) -> str:
 
 
 def _flops(run: Run) -> str:
-  flops = run.result("flops_per_token")
-  return f"{compact(flops)}FLOP each to train" if finite(flops) else "while training"
+  flops = compact(run.result("flops_per_token"))
+  if flops == MISSING:
+    return "while training"
+  return f"{flops}{'' if flops[-1].isalpha() else ' '}FLOP each to train"
 
 
 def _device(run: Run) -> str:
@@ -229,6 +245,15 @@ def _baseline_sentence(baseline: Baseline) -> str:
   ).strip()
 
 
+def _folded(figures: Sequence[str]) -> str:
+  """Joins figures, those beyond the first few folded away."""
+  first, rest = figures[:_OPEN_LAYERS], figures[_OPEN_LAYERS:]
+  if not rest:
+    return "".join(first)
+  summary = f"<summary>{len(rest)} more layers</summary>"
+  return f"{''.join(first)}<details>{summary}{''.join(rest)}</details>"
+
+
 def _legend(entries: Sequence[tuple[str, str]]) -> str:
   items = "".join(
     f'<li><svg viewBox="0 0 26 10" aria-hidden="true"><path class="line {style}" d="M1 5h24"/>'
@@ -239,7 +264,7 @@ def _legend(entries: Sequence[tuple[str, str]]) -> str:
 
 
 def _colour_key(limit: float) -> str:
-  high = significant(limit, 3)
+  high = f"{limit:g}"
   return (
     f'<p class="key"><span>≤ 1/{high} of even</span><i></i><span>even</span>'
     f"<i></i><span>≥ {high} × even</span></p>"
@@ -249,7 +274,8 @@ def _colour_key(limit: float) -> str:
 def _panel_grid(drawn: Sequence[panels.Panel], last_step: int) -> str:
   cells = "".join(
     f'<figure class="panel"><h3>{escape(panel.title)} <small>{escape(panel.last)}</small></h3>'
-    f"{panels.draw_panel(panel, last_step)}<figcaption>{escape(panel.meaning)}</figcaption></figure>"
+    f"{panels.draw_panel(panel, last_step)}"
+    f"<figcaption>{escape(panel.meaning)}</figcaption></figure>"
     for panel in drawn
   )
   return f'<div class="panels">{cells}</div>'
@@ -258,19 +284,19 @@ def _panel_grid(drawn: Sequence[panels.Panel], last_step: int) -> str:
 def _layer_experts(entry: dict) -> str:
   found = entry["experts"]
   cards = "".join(_expert_card(index, expert, len(found)) for index, expert in enumerate(found))
+  style = "experts" if len(found) <= 16 else "experts many"
   opened = " open" if len(found) <= _OPEN_EXPERTS else ""
-  return (
-    f"<details{opened}><summary>Layer {escape(entry['layer'])} <small>{_experts(len(found))}"
-    f'</small></summary><div class="experts">{cards}</div></details>'
-  )
+  name = f"Layer {escape(entry['layer'])} <small>{_experts(len(found))}</small>"
+  return f'<details{opened}><summary>{name}</summary><div class="{style}">{cards}</div></details>'
 
 
 def _expert_card(index: int, expert: dict, num_experts: int) -> str:
   # The bar is full at twice the even share, so an even expert's is half full.
   width = min(100.0, 50.0 * expert["share"] * num_experts)
   rows = "".join(
-    f'<li title="{escape(token["count"])} assignments"><code>{escape(visible_token(token["token"]))}'
-    f"</code><span>×{fixed(token['lift'], 1)}</span></li>"
+    f'<li title="{escape(token["count"])} assignments">'
+    f"<code>{escape(visible_token(token['token']))}</code>"
+    f"<span>×{fixed(token['lift'], 1)}</span></li>"
     for token in expert["top_tokens"]
   )
   return (

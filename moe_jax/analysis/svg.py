@@ -145,12 +145,14 @@ def band(frame: Frame, x: np.ndarray, low: np.ndarray, high: np.ndarray, style: 
   return f'<path class="band {style}" d="M{"L".join(points)}Z"/>' if points else ""
 
 
-def rule(frame: Frame, y: float, label: str, style: str, *, label_below: bool = False) -> str:
-  """Draws a horizontal line across the plot with its name at the left."""
+def rule(
+  frame: Frame, y: float, label: str, style: str, *, at_right: bool = False, below: bool = False
+) -> str:
+  """Draws a horizontal line across the plot with its name at one end, above or below it."""
   height = frame.y(y)
-  return f'<path class="line {style}" d="M{frame.left} {height:.1f}h{frame.plot_width}"/>' + text(
-    frame.left + 8, height + (15 if label_below else -6), label, f"label {style}"
-  )
+  x = frame.width - frame.right - 8 if at_right else frame.left + 8
+  named = text(x, height + (15 if below else -6), label, f"label {style}" + " end" * at_right)
+  return f'<path class="line {style}" d="M{frame.left} {height:.1f}h{frame.plot_width}"/>{named}'
 
 
 def text(x: float, y: float, content: str, style: str) -> str:
@@ -159,7 +161,7 @@ def text(x: float, y: float, content: str, style: str) -> str:
 
 
 def document(frame: Frame, body: str, description: str) -> str:
-  """Wraps drawn parts into an <svg> that scales with the page and names itself to a screen reader."""
+  """Wraps drawn parts into an <svg> that scales with the page and has a name to be read aloud."""
   return (
     f'<svg viewBox="0 0 {frame.width} {frame.height}" role="img" '
     f'aria-label="{escape(description)}">{body}</svg>'

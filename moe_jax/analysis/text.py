@@ -6,7 +6,7 @@ from typing import Any
 
 MISSING = "–"
 _SUFFIXES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
-_NAMED_CONTROLS = {" ": "␠", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
+_NAMED_CONTROLS = {" ": "␣", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
 # HTML forbids control characters and UTF-8 forbids lone surrogates, even when escaped.
 _FORBIDDEN = {code: "\ufffd" for code in [*range(32), 127, *range(128, 160)]}
 _FORBIDDEN |= {code: "\ufffd" for code in range(0xD800, 0xE000)}
@@ -48,10 +48,11 @@ def significant(value: Any, digits: int = 3) -> str:
     return MISSING
   if value == 0:
     return "0"
-  exponent = math.floor(math.log10(abs(value)))
+  # The exponent after rounding: 0.9996 to three digits is 1.00.
+  mantissa, power = f"{value:.{digits - 1}e}".split("e")
+  exponent = int(power)
   if not -5 < exponent < 6:
-    mantissa, power = f"{value:.{digits - 1}e}".split("e")
-    return f"{mantissa}e{int(power)}".replace("-", "−")
+    return f"{mantissa}e{exponent}".replace("-", "−")
   return fixed(value, max(digits - 1 - exponent, 0))
 
 
@@ -68,7 +69,7 @@ def compact(value: Any) -> str:
 
 def percent(fraction: Any, decimals: int = 1) -> str:
   """Formats a fraction of 1 as a percentage."""
-  return f"{fixed(fraction * 100, decimals)} %" if finite(fraction) else MISSING
+  return f"{fixed(fraction * 100, decimals)}%" if finite(fraction) else MISSING
 
 
 def duration(seconds: Any) -> str:
