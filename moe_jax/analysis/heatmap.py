@@ -64,7 +64,7 @@ def heat_map(steps: np.ndarray, load: np.ndarray, limit: float, description: str
   height = max(round(row * num_experts), 18)
   last_step = max(steps[-1], steps[0] + 1)
   frame = svg.Frame(
-    860, height + 44, 58, 62, 4, 40, (float(steps[0]), float(last_step)), (num_experts, 0)
+    860, height + 44, 58, 72, 4, 40, (float(steps[0]), float(last_step)), (num_experts, 0)
   )
   cells = resample(steps, load, min(_COLUMNS, len(steps)))
   image = base64.b64encode(png(load_colours(cells.T, limit))).decode()

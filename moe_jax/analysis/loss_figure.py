@@ -51,7 +51,7 @@ def draw_loss(run: Run, baseline: Baseline | None, others: Sequence[tuple[str, R
     others: (label, run) pairs whose held-out curves are laid over.
   """
   train = run.series("loss")
-  window = max(1, round(_SMOOTHING * len(train.values)))
+  window = round(_SMOOTHING * len(train.values)) | 1  # odd, so that it has a centre
   smooth = Series(train.steps, smoothed(train.values, window))
   curves = _curves(run, smooth, others)
   if baseline is not None:
@@ -70,7 +70,7 @@ def draw_loss(run: Run, baseline: Baseline | None, others: Sequence[tuple[str, R
 
 
 def smoothed(values: np.ndarray, window: int) -> np.ndarray:
-  """Averages each value with its neighbours within `window` rows; NaNs stay NaN and add nothing."""
+  """Averages each value with its neighbours in `window` (odd) rows; NaNs stay and add nothing."""
   good = np.isfinite(values)
   half = window // 2
   sums = np.concatenate([[0.0], np.cumsum(np.where(good, values, 0.0))])

@@ -65,8 +65,16 @@ def routing_panels(run: Run) -> list[Panel]:
 def optimisation_panels(run: Run) -> list[Panel]:
   """Describes losses beside the language model's, the optimiser and the speed."""
   described = (
-    ("aux_loss", "Balance loss", "Auxiliary load-balancing loss, as added to the objective's log."),
-    ("z_loss", "Router z-loss", "Mean squared log-sum-exp of the router logits, as logged."),
+    (
+      "aux_loss",
+      "Balance loss",
+      "Auxiliary load-balancing loss as logged, apart from the language model's.",
+    ),
+    (
+      "z_loss",
+      "Router z-loss",
+      "Keeps router logits small: mean of (ln Σ exp logits)², as logged.",
+    ),
     ("grad_norm", "Gradient norm", "Global L2 norm of the gradient."),
     ("learning_rate", "Learning rate", "The schedule's value at each step."),
     ("tokens_per_second", "Speed", "Training tokens per second."),

@@ -102,7 +102,7 @@ def _subtitle(run: Run) -> str:
   if run.layers:
     experts = moe.get("num_experts")
     facts.append(f"{moe['preset']} routing" if moe.get("preset") else "mixture of experts")
-    facts += [f"{experts} experts"] if experts else []
+    facts += [f"{experts} expert{'s' if experts != 1 else ''}"] if experts else []
     facts += [f"top-{moe['top_k']}"] if moe.get("top_k") else []
     facts.append(f"MoE in layers {', '.join(map(str, run.layers))}")
   elif run.config is not None:

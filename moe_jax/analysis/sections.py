@@ -14,7 +14,6 @@ from moe_jax.analysis.text import (
   finite,
   fixed,
   percent,
-  significant,
   visible_token,
 )
 
@@ -79,10 +78,13 @@ def loss(run: Run, baseline: Baseline | None, others: Sequence[tuple[str, Run]])
   """Writes the loss curves and what their caption must say."""
   figure = draw_loss(run, baseline, others)
   sentences = [
-    "Language-model loss without the auxiliary losses, −mean ln p(next token). "
-    "Held-out loss lets every token reach its experts; at training capacity tokens are dropped.",
+    "Language-model loss without the auxiliary losses, −mean ln p(next token).",
     *figure.remarks,
   ]
+  if run.layers:
+    sentences.append(
+      "The held-out loss lets every token reach its experts; at training capacity some are dropped."
+    )
   if run.bits_per_byte_per_nat:
     factor = fixed(run.bits_per_byte_per_nat, 4)
     sentences.append(
@@ -167,12 +169,13 @@ def sample(run: Run) -> str:
     return section("sample", "Sample", missing("summary.json holds no sample."))
   prompt = str(run.result("sample.prompt") or "")
   continued = text[len(prompt) :] if prompt and text.startswith(prompt) else text
-  temperature = significant(run.result("sample.temperature"), 2)
+  temperature = run.result("sample.temperature")
+  drawn = f" at temperature {temperature:g}" if finite(temperature) else ""
   return section(
     "sample",
     "Sample",
     f'<pre class="sample"><b>{escape(prompt)}</b>{escape(continued)}</pre>',
-    caption(f"Bold is the prompt; the rest was drawn at temperature {temperature}, unedited."),
+    caption(f"Bold is the prompt; the rest was drawn{drawn}, unedited."),
   )
 
 
@@ -235,7 +238,7 @@ def _experts(count: int) -> str:
 
 
 def _no_moe(what: str) -> str:
-  return f"The run folder holds no {what}: the model is dense, or the run did not record them."
+  return f"The run folder holds no {what}: the model is dense, or this was not recorded."
 
 
 def _baseline_sentence(baseline: Baseline) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moe_jax.analysis.text import compact, escape, fixed, significant
+from moe_jax.analysis.text import escape, fixed, significant
 
 _MAX_POINTS = 700  # about one for each pixel; more cannot be seen and swell the page
 
@@ -74,8 +74,9 @@ def tick_label(value: float, step: float) -> str:
   """Writes a tick with just the decimals its distance needs."""
   if value == 0:
     return "0"
-  if abs(value) >= 10_000 and step >= 100:
-    return compact(value)
+  for unit, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+    if abs(value) >= max(unit, 10_000) and step >= unit / 1000:
+      return f"{value / unit:g} {suffix}"
   if step < 1e-3:
     return significant(value, 2)
   decimals = max(0, -math.floor(math.log10(step) + 1e-9))

@@ -58,7 +58,14 @@ def test_ticks_are_round_numbers_inside_the_range(low, high, expected):
 
 @pytest.mark.parametrize(
   ("value", "step", "expected"),
-  [(0.25, 0.25, "0.25"), (2, 1, "2"), (2.5, 2.5, "2.5"), (12_000, 2000, "12.0 k"), (0, 0.1, "0")],
+  [
+    (0.25, 0.25, "0.25"),
+    (2, 1, "2"),
+    (2.5, 2.5, "2.5"),
+    (12_000, 2000, "12 k"),
+    (1.25e6, 5e4, "1.25 M"),
+    (0, 0.1, "0"),
+  ],
 )
 def test_tick_labels_have_the_decimals_they_need(value, step, expected):
   assert svg.tick_label(value, step) == expected

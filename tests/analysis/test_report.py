@@ -167,7 +167,7 @@ def test_blank_tokens_are_spelt_out(run):
 def test_dense_run_says_that_there_is_no_routing(tmp_path):
   page = read_report(write_run(tmp_path / "dense", rows=20, layers=()))
   assert "dense model" in page.words
-  assert page.words.count("the model is dense, or the run did not record them") == 3
+  assert page.words.count("the model is dense, or this was not recorded") == 3
   assert "image" not in page.tags
 
 
