@@ -48,7 +48,13 @@ def load_config(source: str) -> config_dict.ConfigDict:
       f"get_config() of {path} returned {type(config).__name__}, expected an"
       " ml_collections ConfigDict"
     )
-  return config.lock()
+  try:
+    return config.lock()
+  except config_dict.RequiredValueError as error:
+    # config_flags reads a field before it sets it, and reading this kind raises while it is unset.
+    raise UserError(
+      f"{path} uses required_placeholder, which no override can set; use placeholder(TYPE)"
+    ) from error
 
 
 def override(config: config_dict.ConfigDict, field: str, text: str) -> None:
@@ -136,18 +142,18 @@ def _unknown_field(config: config_dict.ConfigDict, field: str, given: str) -> Us
   name = field.rpartition(".")[2]
   namesakes = [known for known in fields if known.rpartition(".")[2] == name]
   close = nearest(field, namesakes or fields) or (namesakes[0] if namesakes else None)
-  hint = f"did you mean --config.{close}?" if close else f"its sections are {', '.join(config)}"
+  hint = f"did you mean --config.{close}?" if close else f"its fields are {', '.join(config)}"
   return UserError(f"{given}: the config has no field {field}; {hint}")
 
 
-def _all_fields(config: config_dict.ConfigDict, prefix: str = "") -> list[str]:
-  """Lists the dotted paths of every field and section."""
-  paths = []
+def _all_fields(config: config_dict.ConfigDict, prefix: str = "") -> dict[str, Any]:
+  """Maps the dotted path of every field and section to its value, references left as such."""
+  fields = {}
   for name, value in config.items(preserve_field_references=True):
-    paths.append(prefix + name)
+    fields[prefix + name] = value
     if isinstance(value, config_dict.ConfigDict):
-      paths += _all_fields(value, f"{prefix}{name}.")
-  return paths
+      fields |= _all_fields(value, f"{prefix}{name}.")
+  return fields
 
 
 def _nearest_file(path: str) -> str:

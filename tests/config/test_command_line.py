@@ -29,7 +29,6 @@ def get_config(variant="small"):
   config.moe.hidden = config.moe.get_ref("num_experts") * 4
   config.mesh = config_dict.ConfigDict({"shape": (1, 2)})
   config.width = 64 if variant == "small" else 512
-  return config
 """
 
 TRAIN = cli.COMMANDS["train"].flags
@@ -39,10 +38,11 @@ TRAIN = cli.COMMANDS["train"].flags
 def _project_with_configs(tmp_path, monkeypatch):
   """Works in a folder with a few config files, as a user does at the project's root."""
   files = {
-    "quickstart": CONFIG,
-    "mixtral": CONFIG,
+    "quickstart": CONFIG + "  return config",
+    "mixtral": CONFIG + "  return config",
     "plain": "def get_config():\n  from ml_collections import ConfigDict\n  return ConfigDict()",
     "demanding": "def get_config(variant):\n  return None",
+    "unset": CONFIG + "  config.seed = config_dict.required_placeholder(int)\n  return config",
     "empty": "",
     "wrong": "def get_config():\n  return 3",
     "syntax": "def get_config(:",
@@ -177,6 +177,7 @@ def test_repeated_flag_of_folders_keeps_every_value_in_order():
     (["--config=configs/plain.py:big"], ["takes no variant", "--config=configs/plain.py"]),
     (["--config=configs/demanding.py"], ["needs a variant", "configs/demanding.py:VARIANT"]),
     (["--config=configs/demanding.py:a"], ["returned NoneType"]),
+    (["--config=configs/unset.py"], ["configs/unset.py uses required_placeholder"]),
     (["--config=configs/empty.py"], ["configs/empty.py", "get_config()"]),
     (["--config=configs/wrong.py"], ["returned int"]),
     (["--config=configs/syntax.py"], ["configs/syntax.py failed with SyntaxError"]),

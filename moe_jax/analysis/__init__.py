@@ -1,0 +1,1 @@
+"""What a finished run says: its report, its baselines, its routing."""
