@@ -26,13 +26,13 @@ def get_config(variant: str = "moe") -> config_dict.ConfigDict:
 
   blocks = "attention:dense attention:" + variant
   config.model = dict(
-    model_dim=128, segments=((blocks, 1),), num_heads=4, num_kv_heads=4, head_dim=32,
-    rope_theta=10_000.0, mlp=dict(hidden_dim=512, gated=False, activation="relu", dropout=0.0),
-    tie_embeddings=False, dropout=0.0, init_scale=1.0, norm_epsilon=1e-6, dtype="float32",
-    remat="none")
+    model_dim=64, segments=((blocks, 2),), num_heads=2, num_kv_heads=2, head_dim=32,
+    rope_theta=10_000.0, mlp=dict(hidden_dim=256, gated=False, activation="relu", dropout=0.0),
+    tie_embeddings=False, dropout=0.0, init_scale=0.1, norm_epsilon=1e-6, dtype="float32",
+    remat="none", scan_unroll=2)
   if variant == "moe":
     config.moe = dict(
-      hidden_dim=512, gated=False, activation="relu", expert_dropout=0.0, router_jitter=0.0,
+      hidden_dim=256, gated=False, activation="relu", expert_dropout=0.0, router_jitter=0.0,
       dispatch="gather", **to_mapping(preset("switch", num_experts=8)))
     config.moe.capacity = config_dict.placeholder(int)
     config.moe.group_size = config_dict.placeholder(int)

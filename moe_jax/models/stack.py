@@ -27,7 +27,7 @@ class ScannedSegment(nnx.Module):
   """
 
   def __init__(self, config: ModelConfig, segment: Segment, *, key: jax.Array):
-    self.remat = config.remat
+    self.remat, self.unroll = config.remat, config.scan_unroll
 
     def pattern(key):
       keys = jax.random.split(key, len(segment.pattern))
@@ -62,7 +62,7 @@ class ScannedSegment(nnx.Module):
 
     if self.remat != Remat.NONE:
       body = jax.checkpoint(body, policy=_REMAT_POLICIES[self.remat])
-    x, (cache, aux) = jax.lax.scan(body, x, (state, cache, keys))
+    x, (cache, aux) = jax.lax.scan(body, x, (state, cache, keys), unroll=self.unroll)
     take = functools.partial(_take_repeat, aux)
     return x, cache, [record for i in range(self.repeats) for record in take(i)]
 

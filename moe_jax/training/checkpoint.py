@@ -7,7 +7,6 @@ that was cut short leaves a temporary folder, which the next run removes.
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
 from moe_jax.errors import UserError
@@ -77,6 +76,3 @@ def restore_params(workdir: Path, template: TrainState, step: int | None = None)
   return step, state.params
 
 
-def abstract(state_fn) -> TrainState:
-  """Returns the shapes and dtypes of what `state_fn()` makes, without making it."""
-  return jax.eval_shape(state_fn)

@@ -11,6 +11,12 @@ from moe_jax.models import ModelConfig
 from moe_jax.moe import MoEConfig
 
 
+def _at_least(config, least, *names: str) -> None:
+  for name in names:
+    if getattr(config, name) < least:
+      raise UserError(f"{name} = {getattr(config, name)} is refused: it must be at least {least}")
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
   """AdamW with linear warm-up and cosine decay.
@@ -157,9 +163,3 @@ def experiment_from(mapping: Any) -> ExperimentConfig:
   model.setdefault("vocab_size", get_tokenizer(data.tokenizer).vocab_size)
   sections["model"] = dataclass_from(ModelConfig, model, "config.model")
   return dataclass_from(ExperimentConfig, sections, "config")
-
-
-def _at_least(config, least, *names: str) -> None:
-  for name in names:
-    if getattr(config, name) < least:
-      raise UserError(f"{name} = {getattr(config, name)} is refused: it must be at least {least}")

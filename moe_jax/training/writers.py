@@ -1,7 +1,6 @@
 """Where metrics go: metrics.jsonl always, TensorBoard on request, the terminal."""
 
 import json
-import math
 import os
 import sys
 import time
@@ -135,7 +134,7 @@ def _losses_text(row: Row) -> str:
     parts.append(f"dropped {100 * row['moe/dropped_fraction']:.1f}%")
   if "eval_loss" in row:
     parts.append(f"held-out {row['eval_loss']:.3f} ({row['eval_bits_per_byte']:.3f} bits/byte)")
-  if math.isfinite(row["tokens_per_second"]):
+  if row["tokens_per_second"] is not None:
     parts.append(f"{row['tokens_per_second']:,.0f} tok/s")
   return "  ".join(parts)
 

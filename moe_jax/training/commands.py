@@ -1,0 +1,84 @@
+"""The commands `moe-jax train` and `moe-jax eval`."""
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+
+from moe_jax.analysis.report import write_report
+from moe_jax.data.builders import prepare
+from moe_jax.data.loader import steps_per_epoch
+from moe_jax.training.checkpoint import restore_params
+from moe_jax.training.config import ExperimentConfig, experiment_from
+from moe_jax.training.evaluate import Evaluator
+from moe_jax.training.loop import run_steps
+from moe_jax.training.optimizer import make_optimizer
+from moe_jax.training.run_folder import SUMMARY_FILE, open_run, read_config, write_json
+from moe_jax.training.state import TrainState, init_state
+from moe_jax.training.summary import summarize
+
+
+def train(args: SimpleNamespace) -> None:
+  """Trains or resumes, then evaluates, samples and writes the report.
+
+  Everything the user may have got wrong is checked before the first file is written.
+  """
+  started = time.monotonic()
+  workdir = Path(args.workdir)
+  mapping = args.config.to_dict()
+  config = experiment_from(mapping)
+  open_run(workdir, mapping)
+  data = prepare(config.data)
+  steps_per_epoch(data.train, config.batch_size)
+  state = run_steps(config, data, workdir)
+  summary = summarize(config, data, state.params, workdir)
+  summary["wall_seconds"] = time.monotonic() - started
+  write_json(workdir / SUMMARY_FILE, summary)
+  report = write_report(workdir)
+  print(_results(summary, workdir, report))
+
+
+def evaluate(args: SimpleNamespace) -> None:
+  """Evaluates a checkpoint on the held-out split."""
+  workdir = Path(args.workdir)
+  config, step, params = load_run(workdir, args.step)
+  evaluator = Evaluator(config, prepare(config.data))
+  print(f"{workdir} at step {step}, held-out:")
+  for name, result in (("dropless", evaluator.dropless(params)),
+                       ("at the training capacity", evaluator.at_training_capacity(params))):
+    if result is not None:
+      print(f"  {name}: {result.loss:.4f} nats per token, {result.bits_per_byte:.4f} bits per"
+            f" byte, {100 * result.dropped_fraction:.2f} % of assignments dropped")
+
+
+def load_run(workdir: Path, step: int | None = None) -> tuple[ExperimentConfig, int, Any]:
+  """Returns (config, step, parameters) of a run folder, the latest checkpoint if step is None."""
+  config = experiment_from(read_config(workdir))
+  step, params = restore_params(workdir, _template(config), step)
+  return config, step, params
+
+
+def _template(config: ExperimentConfig) -> TrainState:
+  optimizer = make_optimizer(config.optimizer, config.steps)
+  return jax.eval_shape(lambda: init_state(config.model, optimizer, config.seed))
+
+
+def _results(summary: dict[str, Any], workdir: Path, report: Path) -> str:
+  held_out, compressors = summary["eval"], summary["compressors"]
+  sample, parameters = summary["sample"], summary["parameters"]
+  lines = [
+    "",
+    f"held-out bits per byte   {held_out['bits_per_byte']:.3f}   ({held_out['loss']:.4f} nats per"
+    " token, dropless)",
+    f"  xz -9, alone           {compressors['xz']:.3f}",
+    f"  xz -9, primed          {compressors['xz_primed']:.3f}   (after the training text)",
+    f"parameters               {parameters['total']:,} total, {parameters['active']:,} active",
+    "",
+    f"sample (temperature {sample['temperature']}):",
+    f"  {sample['prompt']}|{sample['text']}",
+    "",
+    f"metrics, checkpoints and report in {workdir}; open {report}",
+  ]
+  return "\n".join(lines)

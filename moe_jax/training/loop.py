@@ -1,0 +1,109 @@
+"""The training loop."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from moe_jax.data.builders import PreparedData
+from moe_jax.data.loader import train_iterator
+from moe_jax.data.loader_state import StreamIdentity, restore_state, save_state
+from moe_jax.training.checkpoint import Checkpoints
+from moe_jax.training.config import ExperimentConfig
+from moe_jax.training.evaluate import Evaluator
+from moe_jax.training.optimizer import make_optimizer
+from moe_jax.training.state import TrainState, init_state
+from moe_jax.training.step import make_train_step
+from moe_jax.training.writers import JsonLinesWriter, Progress, TensorBoardWriter
+
+
+def run_steps(config: ExperimentConfig, data: PreparedData, workdir: Path) -> TrainState:
+  """Trains to the last step, from the latest checkpoint if there is one; returns the state.
+
+  Everything a step does is a function of the seed, the step number and the state before it, so a
+  run that was killed and started again writes the same metrics (but for the wall clock) and ends
+  with the same parameters, bit for bit.
+  """
+  optimizer = make_optimizer(config.optimizer, config.steps)
+  train_step = make_train_step(config, optimizer)
+  evaluator = Evaluator(config, data)
+  identity = StreamIdentity(data.fingerprint, config.batch_size, config.seed)
+  batches = train_iterator(data.train, batch_size=config.batch_size, seed=config.seed)
+
+  with Checkpoints(workdir, config.checkpoint) as checkpoints:
+    state, first = _restore_or_init(config, optimizer, checkpoints, batches, identity)
+    writers = _open_writers(config, workdir, first)
+    progress = Progress(first, config.steps, workdir.name)
+    if first:
+      progress.say(f"resuming {workdir} at step {first}")
+    clock = _Clock(config)
+    for step in range(first + 1, config.steps + 1):
+      state, metrics = train_step(state, next(batches))
+      last = step == config.steps
+      evaluating = last or step % config.eval.every == 0
+      if evaluating or step % config.log.every == 0:
+        row = clock.row(step, metrics)
+        if evaluating:
+          row |= _evaluate(evaluator, state)
+          clock.restart(step)
+        for writer in writers:
+          writer.write(row)
+        progress.update(row)
+      if last or step % config.checkpoint.every == 0:
+        for writer in writers:
+          writer.sync()
+        checkpoints.save(step, state, save_state(batches, identity))
+    for closing in (*writers, progress):
+      closing.close()
+  return state
+
+
+class _Clock:
+  """Turns a step's metrics into a row, with the speed since the last one."""
+
+  def __init__(self, config: ExperimentConfig):
+    self._tokens_per_step = config.batch_size * config.data.sequence_length
+    self._step, self._time = None, None
+
+  def row(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, Any]:
+    """Fetches the metrics, which waits for the step, and reads the clock."""
+    values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
+    now = time.monotonic()
+    speed = None
+    # The first interval holds the compilation: it has no speed.
+    if self._step is not None:
+      speed = (step - self._step) * self._tokens_per_step / (now - self._time)
+    self._step, self._time = step, now
+    return {"step": step, **values, "tokens": step * self._tokens_per_step,
+            "tokens_per_second": speed}
+
+  def restart(self, step: int) -> None:
+    """Leaves the time since the last row, spent on evaluation, out of the next interval."""
+    self._step, self._time = step, time.monotonic()
+
+
+def _restore_or_init(config, optimizer, checkpoints, batches, identity) -> tuple[TrainState, int]:
+  init = lambda: init_state(config.model, optimizer, config.seed)
+  step = checkpoints.latest_step()
+  if step is None:
+    return init(), 0
+  state, place = checkpoints.restore(step, jax.eval_shape(init))
+  restore_state(batches, place, identity)
+  return state, step
+
+
+def _open_writers(config, workdir, first):
+  writers = [JsonLinesWriter(workdir, first)]
+  if config.log.tensorboard:
+    writers.append(TensorBoardWriter(workdir, first))
+  return writers
+
+
+def _evaluate(evaluator: Evaluator, state: TrainState) -> dict[str, float]:
+  dropless = evaluator.dropless(state.params)
+  row = {"eval_loss": dropless.loss, "eval_bits_per_byte": dropless.bits_per_byte}
+  if at_capacity := evaluator.at_training_capacity(state.params):
+    row["eval_loss_at_capacity"] = at_capacity.loss
+    row["eval_dropped_fraction_at_capacity"] = at_capacity.dropped_fraction
+  return row
