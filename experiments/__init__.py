@@ -1,0 +1,1 @@
+"""Experiments: each folder asks one question and keeps its answer."""
