@@ -17,13 +17,13 @@ RowFunction = Callable[[jax.Array, Any, jax.Array | None], jax.Array]
 
 
 def block_rows(num_rows: int, num_experts: int) -> int:
-  """Returns rows per block: about the mean load, a power of two between 8 and 256.
+  """Returns rows per block: a quarter of the mean load, a power of two between 32 and 256.
 
-  A larger block wastes work on an expert's last, partly filled block; a smaller one makes slow,
-  thin products.
+  A larger block wastes work on an expert's last, partly filled block; a smaller one makes thin
+  products and reads the expert's weights more often.
   """
-  mean = max(1, num_rows // num_experts)
-  return min(256, max(8, 1 << (mean.bit_length() - 1)))
+  quarter = max(1, num_rows // (4 * num_experts))
+  return min(256, max(32, 1 << (quarter.bit_length() - 1)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -34,7 +34,7 @@ def grouped_apply(
 
   Args:
     fn: maps rows of one expert to rows of the same width, each row on its own.
-    block: rows handled at a time, see `block_rows`.
+    block: rows handled at a time, see `block_rows`; all rows if there are fewer.
     rows: (N, D), sorted by expert.
     group_sizes: (E,) int32, sums to at most N.
     weights: a pytree of floating arrays whose leaves have a leading axis E.
