@@ -18,7 +18,6 @@ _REQUIREMENTS = [
   "array_record>=0.8.6",
   "etils>=1.15",
   "grain>=0.2.18",
-  "matplotlib>=3.11",
   "ml-collections>=1.1",
   "numpy>=2.4",
   "optax>=0.2.8",

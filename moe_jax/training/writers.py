@@ -1,5 +1,6 @@
 """Where metrics go: metrics.jsonl always, TensorBoard on request, the terminal."""
 
+import importlib.util
 import json
 import os
 import sys
@@ -11,6 +12,7 @@ import rich.console
 import rich.progress
 
 from moe_jax.errors import UserError
+from moe_jax.training.config import LogConfig
 from moe_jax.training.run_folder import METRICS_FILE
 
 Row = dict[str, Any]
@@ -60,11 +62,8 @@ class TensorBoardWriter:
   """Writes the scalars of each row as TensorBoard events."""
 
   def __init__(self, workdir: Path, restored_step: int):
-    try:
-      import tensorboardX
-    except ImportError:
-      raise UserError("log.tensorboard = True needs tensorboardX; pip install"
-                      " 'moe_jax[tensorboard]', or set log.tensorboard = False") from None
+    import tensorboardX
+
     # Rows beyond the checkpoint are written again; purge_step hides the first ones.
     self._writer = tensorboardX.SummaryWriter(
       str(workdir / "tensorboard"), purge_step=restored_step + 1)
@@ -82,6 +81,23 @@ class TensorBoardWriter:
   def close(self) -> None:
     """Closes the event file."""
     self._writer.close()
+
+
+def open_writers(
+  config: LogConfig, workdir: Path, restored_step: int
+) -> list[JsonLinesWriter | TensorBoardWriter]:
+  """Opens metrics.jsonl, and TensorBoard events if the config asks for them."""
+  writers = [JsonLinesWriter(workdir, restored_step)]
+  if config.tensorboard:
+    writers.append(TensorBoardWriter(workdir, restored_step))
+  return writers
+
+
+def check_writers(config: LogConfig) -> None:
+  """Raises UserError if a writer that the config asks for is not installed."""
+  if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+    raise UserError("config.log.tensorboard = True needs tensorboardX; pip install"
+                    " 'moe_jax[tensorboard]', or set it to False")
 
 
 class Progress:
