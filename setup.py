@@ -16,7 +16,6 @@ _REQUIREMENTS = [
   "flax==0.12.8",
   "absl-py>=2.5",
   "array_record>=0.8.6",
-  "etils>=1.15",
   "grain>=0.2.18",
   "ml-collections>=1.1",
   "numpy>=2.4",

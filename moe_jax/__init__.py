@@ -13,5 +13,8 @@ def __getattr__(name: str) -> Any:
   if name not in _LAZY:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
   home = _LAZY[name]
-  return importlib.import_module(f"{__name__}.{name}") if home is None else getattr(
-    importlib.import_module(home), name)
+  return (
+    importlib.import_module(f"{__name__}.{name}")
+    if home is None
+    else getattr(importlib.import_module(home), name)
+  )

@@ -15,8 +15,7 @@ from moe_jax.training.config import ExperimentConfig, experiment_from
 from moe_jax.training.evaluate import Evaluator
 from moe_jax.training.loop import run_steps
 from moe_jax.training.optimizer import make_optimizer
-from moe_jax.training.run_folder import (
-  SUMMARY_FILE, check_run, claim_run, read_config, write_json)
+from moe_jax.training.run_folder import SUMMARY_FILE, check_run, claim_run, read_config, write_json
 from moe_jax.training.state import TrainState, init_state
 from moe_jax.training.summary import summarize
 from moe_jax.training.writers import check_writers
@@ -50,11 +49,15 @@ def evaluate(args: SimpleNamespace) -> None:
   config, step, params = load_run(workdir, args.step)
   evaluator = Evaluator(config, prepare(config.data))
   print(f"{workdir} at step {step}, held-out:")
-  for name, result in (("dropless", evaluator.dropless(params)),
-                       ("at the training capacity", evaluator.at_training_capacity(params))):
+  for name, result in (
+    ("dropless", evaluator.dropless(params)),
+    ("at the training capacity", evaluator.at_training_capacity(params)),
+  ):
     if result is not None:
-      print(f"  {name}: {result.loss:.4f} nats per token, {result.bits_per_byte:.4f} bits per"
-            f" byte, {100 * result.dropped_fraction:.2f} % of assignments dropped")
+      print(
+        f"  {name}: {result.loss:.4f} nats per token, {result.bits_per_byte:.4f} bits per"
+        f" byte, {100 * result.dropped_fraction:.2f} % of assignments dropped"
+      )
 
 
 def load_run(workdir: Path, step: int | None = None) -> tuple[ExperimentConfig, int, Any]:

@@ -37,10 +37,10 @@ def run_steps(config: ExperimentConfig, data: PreparedData, workdir: Path) -> Tr
   with contextlib.ExitStack() as stack:
     checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint))
     state, first = _restore_or_init(config, optimizer, checkpoints, batches, identity)
-    writers = [stack.enter_context(contextlib.closing(w))
-               for w in open_writers(config.log, workdir, first)]
-    progress = stack.enter_context(
-      contextlib.closing(Progress(first, config.steps, workdir.name)))
+    writers = [
+      stack.enter_context(contextlib.closing(w)) for w in open_writers(config.log, workdir, first)
+    ]
+    progress = stack.enter_context(contextlib.closing(Progress(first, config.steps, workdir.name)))
     if first:
       progress.say(f"resuming {workdir} at step {first}")
     clock = _Clock(config)
@@ -79,8 +79,12 @@ class _Clock:
     if self._step is not None:
       speed = (step - self._step) * self._tokens_per_step / (now - self._time)
     self._step, self._time = step, now
-    return {"step": step, **values, "tokens": step * self._tokens_per_step,
-            "tokens_per_second": speed}
+    return {
+      "step": step,
+      **values,
+      "tokens": step * self._tokens_per_step,
+      "tokens_per_second": speed,
+    }
 
   def restart(self, step: int) -> None:
     """Leaves the time since the last row, spent on evaluation, out of the next interval."""
@@ -100,8 +104,10 @@ def _restore_or_init(config, optimizer, checkpoints, batches, identity) -> tuple
 def _check_finite(row: dict[str, Any]) -> None:
   """Stops a run that has diverged, before it writes the row or a checkpoint of it."""
   if not math.isfinite(row["loss"]):
-    raise UserError(f"the loss is {row['loss']} at step {row['step']}: the run has diverged; lower"
-                    " optimizer.learning_rate or optimizer.clip_norm and start in a new workdir")
+    raise UserError(
+      f"the loss is {row['loss']} at step {row['step']}: the run has diverged; lower"
+      " optimizer.learning_rate or optimizer.clip_norm and start in a new workdir"
+    )
 
 
 def _evaluate(evaluator: Evaluator, state: TrainState) -> dict[str, float]:

@@ -35,11 +35,15 @@ def check_run(workdir: Path, config: dict[str, Any]) -> None:
   if (workdir / CONFIG_FILE).exists():
     difference = _difference(read_config(workdir), json.loads(json.dumps(config)))
     if difference:
-      raise UserError(f"--workdir={workdir} holds a run of another config ({difference}); give the"
-                      " same config to resume it, or another workdir")
+      raise UserError(
+        f"--workdir={workdir} holds a run of another config ({difference}); give the"
+        " same config to resume it, or another workdir"
+      )
   elif workdir.is_dir() and any(workdir.iterdir()) and not _only_leftovers(workdir):
-    raise UserError(f"--workdir={workdir} is not empty and holds no run; give a new folder, for"
-                    f" example {workdir / 'run'}")
+    raise UserError(
+      f"--workdir={workdir} is not empty and holds no run; give a new folder, for"
+      f" example {workdir / 'run'}"
+    )
 
 
 def claim_run(workdir: Path, config: dict[str, Any]) -> None:
@@ -53,8 +57,9 @@ def claim_run(workdir: Path, config: dict[str, Any]) -> None:
     if not (workdir / CONFIG_FILE).exists():
       write_json(workdir / CONFIG_FILE, config)
   except OSError as error:
-    raise UserError(f"--workdir={workdir} cannot be written ({error.strerror}); give a folder you"
-                    " may write to") from error
+    raise UserError(
+      f"--workdir={workdir} cannot be written ({error.strerror}); give a folder you may write to"
+    ) from error
 
 
 def read_config(workdir: Path) -> dict[str, Any]:
@@ -67,8 +72,9 @@ def read_config(workdir: Path) -> dict[str, Any]:
   try:
     return json.loads(path.read_text())
   except FileNotFoundError:
-    raise UserError(f"{workdir} holds no {CONFIG_FILE}; expected a folder made by moe-jax train"
-                    ) from None
+    raise UserError(
+      f"{workdir} holds no {CONFIG_FILE}; expected a folder made by moe-jax train"
+    ) from None
   except ValueError as error:
     raise UserError(f"{path} is damaged ({error}); give another workdir") from error
 

@@ -66,7 +66,8 @@ class TensorBoardWriter:
 
     # Rows beyond the checkpoint are written again; purge_step hides the first ones.
     self._writer = tensorboardX.SummaryWriter(
-      str(workdir / "tensorboard"), purge_step=restored_step + 1)
+      str(workdir / "tensorboard"), purge_step=restored_step + 1
+    )
 
   def write(self, row: Row) -> None:
     """Writes every scalar of a row."""
@@ -96,8 +97,10 @@ def open_writers(
 def check_writers(config: LogConfig) -> None:
   """Raises UserError if a writer that the config asks for is not installed."""
   if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
-    raise UserError("config.log.tensorboard = True needs tensorboardX; pip install"
-                    " 'moe_jax[tensorboard]', or set it to False")
+    raise UserError(
+      "config.log.tensorboard = True needs tensorboardX; pip install"
+      " 'moe_jax[tensorboard]', or set it to False"
+    )
 
 
 class Progress:
@@ -112,10 +115,15 @@ class Progress:
     self._bar = self._task = None
     if self._console.is_terminal:
       self._bar = rich.progress.Progress(
-        rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn(bar_width=None),
-        rich.progress.MofNCompleteColumn(), rich.progress.TimeElapsedColumn(),
-        rich.progress.TextColumn("left"), rich.progress.TimeRemainingColumn(elapsed_when_finished=False),
-        rich.progress.TextColumn("{task.fields[losses]}"), console=self._console)
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(bar_width=None),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TextColumn("left"),
+        rich.progress.TimeRemainingColumn(elapsed_when_finished=False),
+        rich.progress.TextColumn("{task.fields[losses]}"),
+        console=self._console,
+      )
       self._task = self._bar.add_task(title, total=steps, completed=first_step, losses="")
       self._bar.start()
 

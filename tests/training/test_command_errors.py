@@ -44,11 +44,14 @@ def test_fault_is_one_line_and_writes_nothing(tmp_path, capsys, words, fragments
   assert not workdir.exists()
 
 
-@pytest.mark.parametrize("config, fragments", [
-  ("missing.py", ["missing.py"]),
-  ("configs/quickstrt.py", ["quickstart.py"]),
-  ("configs/quickstart.py:dens", ["dens", "moe or dense"]),
-])
+@pytest.mark.parametrize(
+  "config, fragments",
+  [
+    ("missing.py", ["missing.py"]),
+    ("configs/quickstrt.py", ["quickstart.py"]),
+    ("configs/quickstart.py:dens", ["dens", "moe or dense"]),
+  ],
+)
 def test_wrong_config_file_is_one_line(tmp_path, capsys, monkeypatch, config, fragments):
   monkeypatch.chdir(tiny.ROOT)
   assert main(["train", f"--config={config}", f"--workdir={tmp_path / 'run'}"]) == 2
@@ -75,8 +78,13 @@ def test_unfit_workdir_is_refused_and_left_alone(tmp_path, capsys, make):
 
 
 def test_diverged_run_stops_with_one_sentence(tmp_path, capsys):
-  words = tiny.command(tmp_path / "run", steps=6, optimizer__learning_rate=1e30,
-                       optimizer__warmup_steps=0, optimizer__clip_norm=0.0)
+  words = tiny.command(
+    tmp_path / "run",
+    steps=6,
+    optimizer__learning_rate=1e30,
+    optimizer__warmup_steps=0,
+    optimizer__clip_norm=0.0,
+  )
   assert main(words) == 2
   assert "diverged" in capsys.readouterr().err
   assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()

@@ -48,8 +48,12 @@ def start(workdir) -> subprocess.Popen:
   command = tiny.command(workdir, steps=40, eval__every=20, checkpoint__every=10)
   environment = dict(os.environ, JAX_PLATFORMS="cpu")
   return subprocess.Popen(
-    [sys.executable, "-m", "moe_jax.cli", *command], cwd=tiny.ROOT, env=environment,
-    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    [sys.executable, "-m", "moe_jax.cli", *command],
+    cwd=tiny.ROOT,
+    env=environment,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+  )
 
 
 def wait_for_rows(process, workdir, count: int) -> None:
@@ -119,11 +123,14 @@ def test_eval_and_generate_and_report_read_a_run(whole_run, capsys):
   assert (whole_run / "report.html").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("argv, fragments", [
-  (["eval", "--workdir={run}", "--step=7"], ["no step 7", "nearest is"]),
-  (["eval", "--workdir={empty}"], ["holds no config.json"]),
-  (["generate", "--workdir={run}", "--prompt=a", "--temperature=-1"], ["temperature"]),
-])
+@pytest.mark.parametrize(
+  "argv, fragments",
+  [
+    (["eval", "--workdir={run}", "--step=7"], ["no step 7", "nearest is"]),
+    (["eval", "--workdir={empty}"], ["holds no config.json"]),
+    (["generate", "--workdir={run}", "--prompt=a", "--temperature=-1"], ["temperature"]),
+  ],
+)
 def test_commands_on_a_wrong_run_are_one_line(whole_run, tmp_path, capsys, argv, fragments):
   words = [word.format(run=whole_run, empty=tmp_path) for word in argv]
   assert main(words) == 2

@@ -89,8 +89,12 @@ def test_accumulated_load_is_that_of_the_whole_batch():
   for layer in config.model.moe_layers():
     name = f"moe/layer_{layer}/load"
     assert relative_error(cut[name], whole[name]) < 1e-6
-    assert relative_error(cut[f"moe/layer_{layer}/max_violation"],
-                          whole[f"moe/layer_{layer}/max_violation"]) < 1e-5
+    assert (
+      relative_error(
+        cut[f"moe/layer_{layer}/max_violation"], whole[f"moe/layer_{layer}/max_violation"]
+      )
+      < 1e-5
+    )
 
 
 def test_padding_has_no_influence():
@@ -109,13 +113,14 @@ def test_padding_has_no_influence():
 def test_auxiliary_losses_move_the_router_and_are_logged_apart():
   batch = make_batch()
   with_loss, metrics = one_step(tiny.experiment(), batch)
-  without, metrics_without = one_step(
-    tiny.experiment(moe__balance_loss_weight=0.0), batch)
+  without, metrics_without = one_step(tiny.experiment(moe__balance_loss_weight=0.0), batch)
   assert metrics["loss"] == metrics_without["loss"]
   assert metrics["aux_loss"] == metrics_without["aux_loss"] > 0.9
   assert metrics["z_loss"] > 0
-  routers = [np.asarray(state.params["segments"][0]["blocks"][1]["feed_forward"]["router"]["kernel"][...])
-             for state in (with_loss, without)]
+  routers = [
+    np.asarray(state.params["segments"][0]["blocks"][1]["feed_forward"]["router"]["kernel"][...])
+    for state in (with_loss, without)
+  ]
   assert relative_error(*routers) > 1e-3
 
 
@@ -159,13 +164,15 @@ def test_every_trainable_preset_trains_through_the_whole_step():
     after, metrics = one_step(config, make_batch(), steps=2)
     assert np.isfinite(metrics["loss"])
     kernel = lambda s: np.asarray(
-      s.params["segments"][0]["blocks"][1]["feed_forward"]["router"]["kernel"][...])
+      s.params["segments"][0]["blocks"][1]["feed_forward"]["router"]["kernel"][...]
+    )
     assert (kernel(before) != kernel(after)).any()
 
 
 def test_norms_are_not_decayed_and_matrices_are():
   params = init_state(
-    tiny.experiment().model, make_optimizer(tiny.experiment().optimizer, 5), 0).params
+    tiny.experiment().model, make_optimizer(tiny.experiment().optimizer, 5), 0
+  ).params
   flags = jax.tree_util.tree_leaves_with_path(decayed(params))
   norms = {bool(flag) for path, flag in flags if "norm" in jax.tree_util.keystr(path)}
   others = {bool(flag) for path, flag in flags if "norm" not in jax.tree_util.keystr(path)}
@@ -174,8 +181,9 @@ def test_norms_are_not_decayed_and_matrices_are():
 
 
 def test_schedule_warms_up_linearly_and_ends_at_its_final_fraction():
-  c = tiny.experiment(optimizer__warmup_steps=10, optimizer__learning_rate=0.5,
-                      optimizer__final_fraction=0.2).optimizer
+  c = tiny.experiment(
+    optimizer__warmup_steps=10, optimizer__learning_rate=0.5, optimizer__final_fraction=0.2
+  ).optimizer
   rate = learning_rate_schedule(c, 110)
   assert rate(0) == 0.0
   assert rate(5) == pytest.approx(0.25)
@@ -197,7 +205,7 @@ def test_eval_step_sums_over_targets_only():
   batch = make_batch()
   whole = step(params, batch)
   assert whole["targets"] == batch["loss_mask"].sum()
-  halves = [step(params, {k: v[i:i + 2] for k, v in batch.items()}) for i in (0, 2)]
+  halves = [step(params, {k: v[i : i + 2] for k, v in batch.items()}) for i in (0, 2)]
   assert relative_error(sum(h["nll"] for h in halves), whole["nll"]) < 1e-6
   empty = {name: np.zeros_like(value) for name, value in batch.items()}
   assert step(params, empty)["nll"] == 0.0

@@ -44,5 +44,9 @@ def command(workdir, variant: str = "moe", **overrides) -> list[str]:
   """Returns the words of a `moe-jax train` command line for the tiny run."""
   chosen = {**OVERRIDES, **(MOE_OVERRIDES if variant == "moe" else {})}
   chosen |= {name.replace("__", "."): value for name, value in overrides.items()}
-  return ["train", f"--config={ROOT / 'configs/quickstart.py'}:{variant}", f"--workdir={workdir}",
-          *(f"--config.{name}={value}" for name, value in chosen.items())]
+  return [
+    "train",
+    f"--config={ROOT / 'configs/quickstart.py'}:{variant}",
+    f"--workdir={workdir}",
+    *(f"--config.{name}={value}" for name, value in chosen.items()),
+  ]

@@ -1,0 +1,1 @@
+"""One folder a question: what is asked, the command, what it cost, what it gave."""
