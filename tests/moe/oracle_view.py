@@ -9,6 +9,7 @@ from oracles import capacity, losses, metrics, routing
 from moe_jax.moe import (
   BalanceFraction,
   CapacityConvention,
+  Grouping,
   Overflow,
   RoutingConfig,
   RoutingPlan,
@@ -27,6 +28,17 @@ class Expected:
   combine: np.ndarray
   losses: dict
   metrics: dict
+
+
+def split_groups(a, config: RoutingConfig):
+  """Cuts (B, L, ...) into (G, S, ...) with a loop: the judge of `to_groups`."""
+  if config.grouping == Grouping.SEQUENCE:
+    return a
+  flat = a.reshape((-1, *a.shape[2:]))
+  size = config.group_size or len(flat)
+  groups = [flat[start : start + size] for start in range(0, len(flat), size)]
+  filler = np.zeros_like(flat[:1])
+  return np.stack([np.concatenate([g] + [filler] * (size - len(g))) for g in groups])
 
 
 def capacity_of(config: RoutingConfig, num_tokens: int, train: bool) -> int:

@@ -5,9 +5,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 
 
-def pairwise_rows(
-  factors: Mapping[str, Sequence], allowed: Callable[[dict], bool]
-) -> list[dict]:
+def pairwise_rows(factors: Mapping[str, Sequence], allowed: Callable[[dict], bool]) -> list[dict]:
   """Returns rows of one value a factor that cover every pair which some allowed row has.
 
   Greedy with a fixed seed: for a pair not yet covered, the best of 40 random allowed rows that

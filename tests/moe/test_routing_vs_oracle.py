@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from comparison import ROUTING_MARGIN, draw_logits, softmax
 from moe.compiled import compiled_route
-from moe.oracle_view import assert_plan_matches, expect
+from moe.oracle_view import assert_plan_matches, expect, split_groups
 from moe.pairwise import pairwise_rows
 
 from moe_jax.moe import RoutingConfig, preset, preset_names
@@ -83,17 +83,6 @@ def inputs(num_experts):
   }
 
 
-def split(a, config):
-  """Cuts (B, L, ...) into the config's groups with a loop: the judge of `to_groups`."""
-  if config.grouping == "sequence":
-    return a
-  flat = a.reshape((B * L, *a.shape[2:]))
-  size = config.group_size or B * L
-  groups = [flat[start : start + size] for start in range(0, B * L, size)]
-  filler = np.zeros_like(flat[:1])
-  return np.stack([np.concatenate([g] + [filler] * (size - len(g))) for g in groups])
-
-
 def draws_of(logits):
   """Returns the uniform numbers of `selection`, none of which stands on a decision."""
   draws = np.array(jax.random.uniform(KEY, logits.shape[:2]))
@@ -104,7 +93,7 @@ def draws_of(logits):
 
 
 def assert_equals_oracle(config, logits, mask, train):
-  grouped_logits, grouped_mask = split(logits, config), split(mask, config)
+  grouped_logits, grouped_mask = split_groups(logits, config), split_groups(mask, config)
   np.testing.assert_array_equal(to_groups(logits, config), grouped_logits)
   np.testing.assert_array_equal(to_groups(mask, config), grouped_mask)
   draws = draws_of(grouped_logits)
