@@ -59,7 +59,9 @@ def compiled(jit):
   """Returns values and gradients of the grouped product, compiled once for all sizes."""
 
   def both(rows, sizes, weights, cotangent):
-    apply = lambda rows, weights: grouped_apply(network, BLOCK, rows, sizes, weights, None)
+    def apply(rows, weights):
+      return grouped_apply(network, BLOCK, rows, sizes, weights, None)
+
     out, vjp = jax.vjp(apply, rows, weights)
     return out, *vjp(cotangent)
 
@@ -121,9 +123,11 @@ def test_bfloat16_weight_gradients_accumulate_in_float32():
   # 4,096 equal rows: a bfloat16 running sum would stop growing near 256 of them.
   count = 4096
   rows, weights = jnp.ones((count, 1), jnp.bfloat16), jnp.ones((1, 1, 1), jnp.bfloat16)
-  apply = lambda w: grouped_apply(
-    lambda x, w, key: x @ w, 1, rows, jnp.array([count], jnp.int32), w, None
-  )
+  sizes = jnp.array([count], jnp.int32)
+
+  def apply(weights):
+    return grouped_apply(lambda x, w, key: x @ w, 1, rows, sizes, weights, None)
+
   out, vjp = jax.vjp(apply, weights)
   (gradient,) = vjp(jnp.ones_like(out))
   assert gradient.dtype == jnp.bfloat16
@@ -132,7 +136,10 @@ def test_bfloat16_weight_gradients_accumulate_in_float32():
 
 def test_each_block_draws_its_own_numbers():
   keys = jax.random.split(jax.random.key(0), E)
-  noise = lambda x, w, key: x * 0 + jax.random.uniform(key, x.shape)
+
+  def noise(x, w, key):
+    return jax.random.uniform(key, x.shape)
+
   weights = jnp.zeros((E, 1))
   sizes = jnp.array(SIZES["even"], jnp.int32)
   out = grouped_apply(noise, BLOCK, jnp.zeros((N, D)), sizes, weights, keys)

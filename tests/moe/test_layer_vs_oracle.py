@@ -114,8 +114,8 @@ def oracle_layer(config, params, x, mask, cotangent):
   total = {
     n: np.stack([sum(g[e][o] for g in dexperts) for e in range(E)]) for n, o in names.items()
   }
-  join = lambda parts: np.concatenate(parts).reshape(-1, D)[: B * L].reshape(B, L, D)
-  return join(y), join(dx), dkernel, total
+  y, dx = (np.concatenate(parts)[: B * L] for parts in (y, dx))
+  return y.reshape(B, L, D), dx.reshape(B, L, D), dkernel, total
 
 
 def run_and_compare(name, form, state, mask_name):
