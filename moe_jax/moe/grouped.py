@@ -85,8 +85,9 @@ def _backward(fn, block, saved, dout):
     def step(i, carry):
       drows, dw = carry
       at = start + i * block
-      x = jax.lax.dynamic_slice_in_dim(padded, at, block)
       mine = (i * block + jnp.arange(block) < size)[:, None]
+      # The next expert's rows too are cleared: 0 * inf would put a NaN into this one's gradient.
+      x = jnp.where(mine, jax.lax.dynamic_slice_in_dim(padded, at, block), 0)
       dy = jnp.where(mine, jax.lax.dynamic_slice_in_dim(dpadded, at, block), 0)
       _, vjp = jax.vjp(lambda x, w: fn(x, w, _block_key(key, i)), x, w)
       dx, dw_block = vjp(dy)
