@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import enum
 
+from moe_jax.choices import as_choice
 from moe_jax.errors import UserError
 from moe_jax.layers.attention import AttentionConfig
 from moe_jax.layers.mlp import FeedForwardConfig
@@ -80,7 +81,7 @@ class ModelConfig:
   scan_unroll: int = 1
 
   def __post_init__(self):
-    object.__setattr__(self, "remat", Remat(self.remat))
+    object.__setattr__(self, "remat", as_choice(Remat, "remat", self.remat))
     for name in ("vocab_size", "model_dim", "scan_unroll"):
       if getattr(self, name) < 1:
         raise UserError(f"{name} = {getattr(self, name)} is refused: it must be at least 1")
