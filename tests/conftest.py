@@ -1,10 +1,11 @@
-"""What every test shares: the CPU, and no silent broadcasting between ranks."""
+"""Settings that every test runs under: CPU, and no silent broadcast between ranks."""
 
 import os
 
-# Before jax is imported: afterwards the platform is settled.
-os.environ["JAX_PLATFORMS"] = "cpu"
+# Read by JAX when it is first imported, so it must stand before every import of it.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402
 
+# (E,) + (G, S, E) is more often a forgotten axis than an intention.
 jax.config.update("jax_numpy_rank_promotion", "raise")
