@@ -41,8 +41,9 @@ class MoEConfig:
 
   def __post_init__(self):
     object.__setattr__(self, "dispatch", as_choice(Dispatch, "dispatch", self.dispatch))
-    if not 0.0 <= self.router_jitter < 1.0:
-      raise UserError(f"router_jitter = {self.router_jitter} is refused: it must be in [0, 1)")
+    for name in ("expert_dropout", "router_jitter"):
+      if not 0.0 <= getattr(self, name) < 1.0:
+        raise UserError(f"{name} = {getattr(self, name)} is refused: it must be in [0, 1)")
     self.feed_forward()
 
   def feed_forward(self) -> FeedForwardConfig:
