@@ -19,7 +19,7 @@ def get_config(variant: str = "moe") -> config_dict.ConfigDict:
     raise UserError(f"variant {variant!r} does not exist; expected moe or dense")
   config = config_dict.ConfigDict()
   config.seed = 0
-  config.steps = 4000
+  config.steps = 3950
   config.batch_size = 16
   config.accumulation_steps = 1
   config.data = dict(corpus="sotu_1790_1870", tokenizer="bytes", sequence_length=128, data_dir="")
@@ -32,6 +32,7 @@ def get_config(variant: str = "moe") -> config_dict.ConfigDict:
     num_kv_heads=2,
     head_dim=32,
     rope_theta=10_000.0,
+    window=128,
     mlp=dict(hidden_dim=256, gated=False, activation="relu", dropout=0.0),
     tie_embeddings=False,
     dropout=0.0,
@@ -64,9 +65,9 @@ def get_config(variant: str = "moe") -> config_dict.ConfigDict:
     b2=0.95,
     epsilon=1e-8,
   )
-  config.eval = dict(every=500, batch_size=0)
+  config.eval = dict(every=1000, batch_size=0)
   config.checkpoint = dict(every=500, keep=2)
   config.log = dict(every=10, tensorboard=False)
-  config.sample = dict(prompt="The President", max_new_tokens=300, temperature=0.7)
+  config.sample = dict(prompt="The President", max_new_tokens=400, temperature=0.7)
   config.report = dict(baseline="")
   return config

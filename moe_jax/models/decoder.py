@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.errors import UserError
-from moe_jax.layers.attention import AttentionContext, KVCache, causal_mask
+from moe_jax.layers.attention import AttentionContext, KVCache, attention_mask
 from moe_jax.layers.dropout import dropout, split_key
 from moe_jax.layers.norms import RMSNorm
 from moe_jax.layers.parameters import parameter
+from moe_jax.layers.rotary import RotaryTable, rotary_table
 from moe_jax.models.config import ModelConfig
 from moe_jax.models.stack import ScannedSegment, SegmentCache
 from moe_jax.moe.types import RoutingPlan
@@ -105,7 +106,11 @@ class Decoder(nnx.Module):
       token_mask = jnp.ones(tokens.shape, bool)
     if positions is None:
       positions = _count_positions(token_mask)
-    context = AttentionContext(positions, causal_mask(token_mask, segment_ids))
+    mask = attention_mask(
+      jnp.arange(tokens.shape[1]), positions, token_mask, positions, self.config.attention.window)
+    if segment_ids is not None:
+      mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
+    context = AttentionContext(self._rotary(positions), mask)
     x, _, records = self._run(
       tokens, context, token_mask, None, key=key if train else None, train=train)
     logits = self._logits(x)
@@ -131,11 +136,10 @@ class Decoder(nnx.Module):
     positions = seen + _count_positions(token_mask)
     slots_mask = jax.lax.dynamic_update_slice_in_dim(
       cache.token_mask, token_mask, cache.index, axis=1)
-    own = cache.index + jnp.arange(tokens.shape[1])
-    slots = jnp.arange(slots_mask.shape[1])
-    mask = (slots[None, :] <= own[:, None])[None] & slots_mask[:, None, :]
-    mask |= (slots[None, :] == own[:, None])[None]
-    context = AttentionContext(positions, mask[:, None], cache.index)
+    mask = attention_mask(
+      cache.index + jnp.arange(tokens.shape[1]), positions, slots_mask,
+      _count_positions(slots_mask), self.config.attention.window)
+    context = AttentionContext(self._rotary(positions), mask, cache.index)
     x, segments, _ = self._run(
       tokens, context, token_mask, cache.segments, key=None, train=False)
     index = cache.index + tokens.shape[1]
@@ -168,6 +172,10 @@ class Decoder(nnx.Module):
       new_caches.append(cache)
       records.extend(aux)
     return x, new_caches, records
+
+  def _rotary(self, positions: jax.Array) -> RotaryTable:
+    c = self.config.attention
+    return rotary_table(positions, c.head_dim, c.rope_theta)
 
   def _logits(self, x: jax.Array) -> jax.Array:
     x = self.final_norm(x)
