@@ -34,10 +34,16 @@ class AttentionConfig:
         raise UserError(f"{name} = {getattr(self, name)} is refused: it must be at least 1")
     if self.num_heads % self.num_kv_heads:
       raise UserError(f"num_kv_heads = {self.num_kv_heads} does not divide num_heads ="
-                      f" {self.num_heads}")
+                      f" {self.num_heads}; the nearest that does is {self._nearest_divisor()}")
     if self.head_dim % 2:
       raise UserError(f"head_dim = {self.head_dim} is odd; rotary positions need an even width,"
                       f" for example {self.head_dim + 1}")
+    if not self.rope_theta > 0:
+      raise UserError(f"rope_theta = {self.rope_theta} is refused: it must be greater than 0")
+
+  def _nearest_divisor(self) -> int:
+    divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
+    return min(divisors, key=lambda n: abs(n - self.num_kv_heads))
 
 
 @jax.tree_util.register_dataclass

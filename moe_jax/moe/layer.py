@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax.choices import as_choice
 from moe_jax.errors import UserError
 from moe_jax.layers.dropout import split_key
 from moe_jax.layers.mlp import Activation, FeedForwardConfig
@@ -39,9 +40,10 @@ class MoEConfig:
   dispatch: Dispatch = Dispatch.GATHER
 
   def __post_init__(self):
-    object.__setattr__(self, "dispatch", Dispatch(self.dispatch))
-    if not 0.0 <= self.router_jitter < 1.0:
-      raise UserError(f"router_jitter = {self.router_jitter} is refused: it must be in [0, 1)")
+    object.__setattr__(self, "dispatch", as_choice(Dispatch, "dispatch", self.dispatch))
+    for name in ("expert_dropout", "router_jitter"):
+      if not 0.0 <= getattr(self, name) < 1.0:
+        raise UserError(f"{name} = {getattr(self, name)} is refused: it must be in [0, 1)")
     self.feed_forward()
 
   def feed_forward(self) -> FeedForwardConfig:

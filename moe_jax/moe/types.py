@@ -15,6 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from moe_jax.choices import as_choice
 from moe_jax.errors import UserError
 
 
@@ -145,7 +146,8 @@ class RoutingConfig:
   def __post_init__(self):
     for field in dataclasses.fields(self):
       if isinstance(field.type, enum.EnumType):
-        object.__setattr__(self, field.name, _as_enum(field.type, field.name, getattr(self, field.name)))
+        value = as_choice(field.type, field.name, getattr(self, field.name))
+        object.__setattr__(self, field.name, value)
     for name in ("num_experts", "min_capacity", "capacity_multiple"):
       _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
     _require(1 <= self.top_k <= self.num_experts, "top_k", self.top_k,
@@ -179,13 +181,6 @@ class RoutingConfig:
         f"weighting = {self.weighting} with top_k = 1 makes every combine weight 1, so the"
         " language-model loss never trains the router; use weighting = raw, or top_k >= 2"
         " (loading and inference accept it)")
-
-
-def _as_enum(kind, name, value):
-  try:
-    return kind(value)
-  except ValueError:
-    raise UserError(f"{name} = {value!r} is not one of {', '.join(kind)}") from None
 
 
 def _require(holds: bool, name: str, value, expected: str) -> None:
