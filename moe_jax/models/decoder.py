@@ -94,8 +94,8 @@ class Decoder(nnx.Module):
       key: random key for training, needed if the config draws random numbers.
 
     Returns:
-      logits (B, L, V) float32, and `ModelAux` if asked for. They are NaN where a token id is
-      outside the vocabulary.
+      logits (B, L, V) float32, and `ModelAux` if asked for. A token id outside the
+      vocabulary makes them NaN, also those of tokens that attend to it or share its experts.
 
     Raises:
       UserError: shapes or dtypes that do not fit, or a missing key.
