@@ -128,7 +128,7 @@ class ModelConfig:
     """
     if self.moe is None:
       return self
-    config = self.with_routing(overflow=Overflow.DROPLESS)
+    config = self.with_routing(overflow=Overflow.DROPLESS, capacity=None)
     return dataclasses.replace(
       config, moe=dataclasses.replace(config.moe, dispatch=Dispatch.RAGGED))
 
