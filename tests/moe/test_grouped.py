@@ -27,16 +27,17 @@ SIZES = {
 
 
 def network(x, w, key):
-  """A plain expert; `key` is unused."""
-  return jax.nn.silu(x @ w["up"].astype(x.dtype)) @ w["down"].astype(x.dtype)
+  """A plain expert with a bias, whose gradient sees rows of zeros too; `key` is unused."""
+  return jax.nn.silu(x @ w["up"] + w["bias"][None]) @ w["down"]
 
 
 def make():
   """Returns rows, weights and a cotangent."""
-  keys = jax.random.split(jax.random.key(0), 4)
+  keys = jax.random.split(jax.random.key(0), 5)
   weights = {
     "up": jax.random.normal(keys[0], (E, D, F)),
     "down": jax.random.normal(keys[1], (E, F, D)),
+    "bias": jax.random.normal(keys[4], (E, F)),
   }
   rows = jax.random.normal(keys[2], (N, D))
   return rows, weights, jax.random.normal(keys[3], (N, D))

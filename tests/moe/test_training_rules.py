@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from moe.compiled import FAST_COMPILE
+from moe.compiled import FAST_COMPILE, routed
 
 from moe_jax.errors import UserError
 from moe_jax.moe import Dispatch, MoEConfig, MoELayer, RoutingConfig, preset, preset_names, route
@@ -50,20 +50,25 @@ def test_a_constant_weight_is_refused_in_training_alone(weighting):
     config.check_trainable()
   with pytest.raises(UserError, match="use weighting = raw"):
     route(logits, config, train=True)
-  plan = route(logits, config, train=False)
+  plan = routed(logits, config)
   np.testing.assert_allclose(plan.weight, np.asarray(plan.valid, np.float32), atol=1e-6)
 
 
-@functools.cache
-def compiled_layer(train, **fields):
-  """Returns a function of (x, key) of a layer that drops nothing."""
-  layer = layer_of(RoutingConfig(num_experts=E, top_k=2, overflow="dropless"), **fields)
+def compile_layer(layer, train):
+  """Returns a compiled function of (x, key)."""
   graph, state = nnx.split(layer)
 
   def run(x, key):
     return nnx.merge(graph, state)(x, key=key, train=train)
 
   return jax.jit(run, compiler_options=FAST_COMPILE)
+
+
+@functools.cache
+def compiled_layer(train, **fields):
+  """Returns a compiled layer that drops nothing, with these fields of MoEConfig."""
+  routing = RoutingConfig(num_experts=E, top_k=2, overflow="dropless")
+  return compile_layer(layer_of(routing, **fields), train)
 
 
 def test_jitter_changes_the_routers_input_in_training_alone():
@@ -81,11 +86,9 @@ def test_jitter_changes_the_routers_input_in_training_alone():
 
 def test_experts_see_the_clean_input_under_jitter():
   # One expert with the constant weight 1: what it computes does not depend on the router.
-  layers = [
-    layer_of(RoutingConfig(num_experts=1, overflow="dropless"), router_jitter=jitter)
-    for jitter in (0.0, 0.9)
-  ]
-  (calm, clean), (jittered, noisy) = (layer(tokens(), key=KEY, train=True) for layer in layers)
+  routing = RoutingConfig(num_experts=1, overflow="dropless")
+  layers = [compile_layer(layer_of(routing, router_jitter=j), True) for j in (0.0, 0.9)]
+  (calm, clean), (jittered, noisy) = (layer(tokens(), KEY) for layer in layers)
   assert not np.allclose(noisy.router_logits, clean.router_logits)
   np.testing.assert_array_equal(jittered, calm)
 
@@ -97,19 +100,24 @@ def test_random_second_needs_a_key_in_training_alone():
     route(logits, config, train=True)
   with pytest.raises(UserError, match=r"key = None.*jax\.random\.key"):
     layer_of(config)(tokens(), train=True)
-  plans = [route(logits, config, key=key) for key in (None, jax.random.key(1), jax.random.key(2))]
-  for plan in plans:
-    np.testing.assert_array_equal(plan.valid, plans[0].valid)
+  without_key = jax.jit(functools.partial(route, config=config), compiler_options=FAST_COMPILE)
+  expected = without_key(logits)
+  for seed in (1, 2):
+    plan = routed(logits, config, key=jax.random.key(seed))
+    np.testing.assert_array_equal(plan.valid, expected.valid)
 
 
 def test_random_second_draws_anew_with_each_key_and_alike_with_the_same():
   config = preset("gshard", num_experts=E, overflow="dropless")
   logits = jax.random.normal(KEY, (2, 32, E))
-  used = [route(logits, config, key=jax.random.key(k), train=True).valid for k in (1, 1, 2)]
+  used = [
+    np.asarray(routed(logits, config, key=jax.random.key(seed), train=True).valid)
+    for seed in (1, 1, 2)
+  ]
   np.testing.assert_array_equal(used[0], used[1])
   assert np.any(used[0] != used[2])
   # The first choice is always used.
-  assert np.all(np.reshape(used[0], (2, 32, 2))[..., 0])
+  assert np.all(used[0].reshape(2, 32, 2)[..., 0])
 
 
 def test_bfloat16_activations_are_routed_in_float32():
