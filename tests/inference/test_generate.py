@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import DENSE, random_model, random_tokens, run, tiny_config
 
 from moe_jax.errors import UserError
 from moe_jax.inference import generate
-from tiny_models import DENSE, random_model, random_tokens, run, tiny_config
 
 CONFIG = tiny_config(moe=dict(dispatch="ragged"))
 # Most random models repeat one token for ever, which would hide a wrong cache; this one does not.
@@ -68,7 +68,9 @@ def test_none_and_one_new_token(count, greedy):
 
 
 def test_sampling_is_reproduced_by_its_key_and_by_no_other():
-  sample = lambda key: np.asarray(generate(MODEL, PROMPTS, NEW, temperature=2.0, key=key))
+  def sample(key):
+    return np.asarray(generate(MODEL, PROMPTS, NEW, temperature=2.0, key=key))
+
   np.testing.assert_array_equal(sample(KEY), sample(KEY))
   others = [sample(jax.random.key(seed)) for seed in range(4)]
   assert len({other.tobytes() for other in others}) == 4
@@ -78,7 +80,8 @@ def test_sampling_is_reproduced_by_its_key_and_by_no_other():
 @pytest.mark.parametrize("temperature", [1e-3, 1e-37])
 def test_a_low_temperature_approaches_greedy(temperature, greedy):
   np.testing.assert_array_equal(
-    generate(MODEL, PROMPTS, NEW, temperature=temperature, key=KEY), greedy)
+    generate(MODEL, PROMPTS, NEW, temperature=temperature, key=KEY), greedy
+  )
 
 
 @pytest.mark.parametrize("temperature", [0.7, 2.0])
@@ -125,4 +128,5 @@ def test_an_unknown_id_in_padding_is_accepted():
   mask = np.array([[0, 1, 1, 1]] * 2, bool)
   filled = generate(MODEL, np.where(mask, PROMPTS, -1), NEW, token_mask=mask)
   np.testing.assert_array_equal(
-    filled[:, 4:], generate(MODEL, jnp.asarray(PROMPTS), NEW, token_mask=mask)[:, 4:])
+    filled[:, 4:], generate(MODEL, jnp.asarray(PROMPTS), NEW, token_mask=mask)[:, 4:]
+  )

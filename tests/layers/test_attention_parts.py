@@ -4,15 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-
 from comparison import relative_error
+from flax import nnx
+from oracles import language_model
+
 from moe_jax.layers.attention import Attention, AttentionConfig, AttentionContext, causal_mask
 from moe_jax.layers.dropout import dropout, split_key
 from moe_jax.layers.mlp import Activation, FeedForwardConfig, feed_forward
 from moe_jax.layers.norms import RMSNorm
 from moe_jax.layers.rotary import apply_rotary
-from oracles import language_model
 
 # Float32 against float64 over sums of tens of terms.
 TOLERANCE = 1e-6
@@ -39,9 +39,8 @@ def test_grouped_query_attention_equals_the_loops(num_kv_heads):
   config = AttentionConfig(num_heads=4, num_kv_heads=num_kv_heads, head_dim=6, rope_theta=50.0)
   layer = Attention(8, config, key=jax.random.key(0), scale=3.0)
   x, positions = random(1, 5, 8), np.array([[0, 2, 3, 7, 11]], np.int32)
-  context = AttentionContext(
-    jnp.asarray(positions), causal_mask(jnp.ones((1, 5), bool), None))
-  y, cache = layer(jnp.asarray(x), context)
+  context = AttentionContext(jnp.asarray(positions), causal_mask(jnp.ones((1, 5), bool), None))
+  y, cache = jax.jit(lambda x: layer(x, context))(jnp.asarray(x))
   assert cache is None
   weights = jax.tree.map(np.float64, nnx.to_pure_dict(nnx.state(layer)))
   expected = language_model.attention_layer(x[0], weights, positions=positions[0], base=50.0)
@@ -77,7 +76,8 @@ def test_feed_forward_equals_the_loops(gated, activation):
   config = FeedForwardConfig(5, gated=gated, activation=activation)
   y = feed_forward(jnp.asarray(x), jax.tree.map(jnp.asarray, weights), None, config)
   expected = language_model.dense_ffn(
-    x.astype(np.float64), jax.tree.map(np.float64, theirs), str(activation))
+    x.astype(np.float64), jax.tree.map(np.float64, theirs), str(activation)
+  )
   assert relative_error(y, expected) <= TOLERANCE
 
 

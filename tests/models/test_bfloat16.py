@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-
 from comparison import relative_error
-from moe_jax.moe.router import Router
+from flax import nnx
 from tiny_models import forward, random_parameters, random_tokens, run, tiny_config
+
+from moe_jax.moe.router import Router
 
 # bfloat16 rounds by up to 2^-9 = 0.2 %; some 20 roundings in a row through 4 blocks add up to 1 %,
 # and the largest of a few hundred logits to a few times that.
@@ -53,7 +53,10 @@ def test_the_router_multiplies_bfloat16_tokens_in_float32():
 
 def test_parameters_and_gradients_stay_float32():
   graph, params = random_parameters(HALF)
-  objective = lambda params: jnp.mean(jnp.sin(forward(graph, params, jnp.asarray(TOKENS))))
+
+  def objective(params):
+    return jnp.mean(jnp.sin(forward(graph, params, jnp.asarray(TOKENS))))
+
   gradient = jax.jit(jax.grad(objective))(params)
   for leaf in [*jax.tree.leaves(params), *jax.tree.leaves(gradient)]:
     assert leaf.dtype == jnp.float32 and np.isfinite(leaf).all()

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-
 from comparison import relative_error
+from flax import nnx
+from tiny_models import DENSE, MOE, random_model, random_tokens, run, tiny_config
+
 from moe_jax.errors import UserError
 from moe_jax.layers.attention import AttentionContext, causal_mask
 from moe_jax.models.stack import ScannedSegment
-from tiny_models import DENSE, MOE, random_model, random_tokens, run, tiny_config
 
 PLAIN = tiny_config(segments=DENSE)
 DROPPING = dataclasses.replace(PLAIN, dropout=0.3)
@@ -45,14 +45,18 @@ def test_unrolling_the_scan_draws_the_same_numbers():
   assert relative_error(unrolled, train(DROPPING, key=KEYS[0])) <= 1e-5
 
 
-@pytest.mark.parametrize("config, draws", [
-  (tiny_config(segments=DENSE, moe=dict(expert_dropout=0.5, dispatch="ragged")), False),
-  (tiny_config(segments=MOE, moe=dict(expert_dropout=0.5, dispatch="ragged")), True),
-  (tiny_config(segments=MOE, moe=dict(expert_dropout=0.5)), True),
-  (tiny_config(segments=DENSE, mlp=dict(dropout=0.5)), True),
-  (tiny_config(segments=MOE, mlp=dict(dropout=0.5)), False),
-  (tiny_config(segments=MOE, moe=dict(router_jitter=0.5)), True),
-], ids=["experts dense", "experts ragged", "experts gather", "mlp", "mlp moe", "jitter"])
+@pytest.mark.parametrize(
+  "config, draws",
+  [
+    (tiny_config(segments=DENSE, moe=dict(expert_dropout=0.5, dispatch="ragged")), False),
+    (tiny_config(segments=MOE, moe=dict(expert_dropout=0.5, dispatch="ragged")), True),
+    (tiny_config(segments=MOE, moe=dict(expert_dropout=0.5)), True),
+    (tiny_config(segments=DENSE, mlp=dict(dropout=0.5)), True),
+    (tiny_config(segments=MOE, mlp=dict(dropout=0.5)), False),
+    (tiny_config(segments=MOE, moe=dict(router_jitter=0.5)), True),
+  ],
+  ids=["experts dense", "experts ragged", "experts gather", "mlp", "mlp moe", "jitter"],
+)
 def test_each_rate_touches_its_own_part_alone(config, draws):
   changed = relative_error(train(config, key=KEYS[0]), train(config, key=KEYS[1]))
   assert changed > 1e-2 if draws else changed <= TOLERANCE
@@ -65,13 +69,17 @@ def test_expert_dropout_leaves_the_first_router_as_it_was():
   assert relative_error(aux[0].router_logits[1], aux[1].router_logits[1]) > 1e-2
 
 
-@pytest.mark.parametrize("config", [
-  DROPPING,
-  tiny_config(mlp=dict(dropout=0.1)),
-  tiny_config(moe=dict(expert_dropout=0.1)),
-  tiny_config(moe=dict(router_jitter=0.1)),
-  tiny_config(routing=dict(selection="random_second")),
-], ids=["dropout", "mlp", "expert", "jitter", "random second"])
+@pytest.mark.parametrize(
+  "config",
+  [
+    DROPPING,
+    tiny_config(mlp=dict(dropout=0.1)),
+    tiny_config(moe=dict(expert_dropout=0.1)),
+    tiny_config(moe=dict(router_jitter=0.1)),
+    tiny_config(routing=dict(selection="random_second")),
+  ],
+  ids=["dropout", "mlp", "expert", "jitter", "random second"],
+)
 def test_training_without_a_key_is_refused_where_one_is_drawn_from(config):
   with pytest.raises(UserError, match="key = None was given"):
     random_model(config)(jnp.asarray(TOKENS), train=True)

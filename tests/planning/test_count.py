@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from tiny_models import DENSE, MOE, random_parameters, tiny_config
 
 from moe_jax.models import Decoder
 from moe_jax.planning.count import count_parameters, training_flops_per_token
-from tiny_models import DENSE, MOE, random_parameters, tiny_config
 
 CONFIGS = {
   "alternating": tiny_config(),
@@ -72,7 +72,10 @@ def test_forward_flops_agree_with_the_compilers_count():
   # counts the body of a loop once.
   config = dataclasses.replace(
     tiny_config(segments=DENSE, activation="relu", mlp=dict(hidden_dim=256)),
-    model_dim=96, vocab_size=128, scan_unroll=2)
+    model_dim=96,
+    vocab_size=128,
+    scan_unroll=2,
+  )
   graph, params = nnx.split(nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0))))
   B, L = 2, 16
   tokens = jax.ShapeDtypeStruct((B, L), jnp.int32)
