@@ -41,7 +41,9 @@ def tiny_config(
   """
   network = dict(gated=gated, activation=activation)
   config = ModelConfig(
-    vocab_size=13, model_dim=8, segments=ALTERNATING,
+    vocab_size=13,
+    model_dim=8,
+    segments=ALTERNATING,
     attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=4, rope_theta=100.0),
     mlp=FeedForwardConfig(**{"hidden_dim": 12, **network, **(mlp or {})}),
     moe=MoEConfig(tiny_routing(**(routing or {})), **{"hidden_dim": 6, **network, **(moe or {})}),
@@ -61,8 +63,7 @@ def random_parameters(config: ModelConfig, seed: int = 0) -> tuple[nnx.GraphDef,
       return param.replace(jnp.asarray(rng.uniform(0.5, 1.5, shape), jnp.float32))
     return param.replace(jnp.asarray(0.4 * rng.normal(size=shape), jnp.float32))
 
-  is_param = lambda node: isinstance(node, nnx.Variable)
-  return graph, jax.tree.map(draw, shapes, is_leaf=is_param)
+  return graph, jax.tree.map(draw, shapes, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
 def random_model(config: ModelConfig, seed: int = 0) -> Decoder:
@@ -96,7 +97,9 @@ def oracle_weights(config: ModelConfig, params: nnx.State) -> dict:
       blocks += [_oracle_block(stacked[i], repeat) for i in range(len(segment.pattern))]
   head = tree["embedding"].T if config.tie_embeddings else tree["head"]
   return {
-    "embedding": tree["embedding"], "blocks": blocks, "final_norm": tree["final_norm"]["scale"],
+    "embedding": tree["embedding"],
+    "blocks": blocks,
+    "final_norm": tree["final_norm"]["scale"],
     "head": head,
   }
 

@@ -56,9 +56,10 @@ def generate(
   if max_new_tokens == 0:
     return tokens
   key = jax.random.key(0) if key is None else key
-  if not use_cache:
-    return _generate_uncached(model, tokens, token_mask, max_new_tokens, temperature, key)
   graph, params = nnx.split(model)
+  if not use_cache:
+    return _generate_uncached(
+      graph, params, tokens, token_mask, key, temperature, max_new_tokens)
   return _generate_cached(
     graph, params, tokens, token_mask, key, jnp.float32(temperature), max_new_tokens,
     temperature > 0)
@@ -82,13 +83,18 @@ def _generate_cached(graph, params, tokens, token_mask, key, temperature, max_ne
   return jnp.concatenate([tokens, first[:, None], rest.T], axis=1)
 
 
-def _generate_uncached(model, tokens, token_mask, max_new_tokens, temperature, key):
+def _generate_uncached(graph, params, tokens, token_mask, key, temperature, max_new_tokens):
   for i in range(max_new_tokens):
-    logits = model(tokens, token_mask=token_mask)
-    token = _choose(_last_real(logits, token_mask), key, i, temperature, temperature > 0)
+    logits = _next_logits(graph, params, tokens, token_mask)
+    token = _choose(logits, key, i, temperature, temperature > 0)
     tokens = jnp.concatenate([tokens, token[:, None]], axis=1)
     token_mask = jnp.pad(token_mask, ((0, 0), (0, 1)), constant_values=True)
   return tokens
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _next_logits(graph, params, tokens, token_mask):
+  return _last_real(nnx.merge(graph, params)(tokens, token_mask=token_mask), token_mask)
 
 
 def _choose(logits_BV, key, i, temperature, sample: bool):

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-
 from comparison import relative_error
-from moe_jax.errors import UserError
+from flax import nnx
 from tiny_models import DENSE, random_model, random_parameters, random_tokens, run, tiny_config
+
+from moe_jax.errors import UserError
 
 # The same float32 sums in products of other shapes.
 TOLERANCE = 1e-5
@@ -32,7 +32,8 @@ def decode_in_chunks(config, sizes, token_mask, num_slots):
   for size in sizes:
     part = slice(start, start + size)
     step, cache = decode(
-      graph, params, jnp.asarray(TOKENS[:, part]), cache, jnp.asarray(token_mask[:, part]))
+      graph, params, jnp.asarray(TOKENS[:, part]), cache, jnp.asarray(token_mask[:, part])
+    )
     logits.append(step)
     start += size
   assert int(cache.index) == start

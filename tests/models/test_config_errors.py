@@ -3,13 +3,13 @@
 import json
 
 import pytest
+from tiny_models import tiny_config, tiny_routing
 
 from moe_jax.errors import UserError
 from moe_jax.layers.attention import AttentionConfig
 from moe_jax.layers.mlp import Activation, FeedForwardConfig
 from moe_jax.models import ModelConfig, Remat
 from moe_jax.moe import Dispatch, MoEConfig
-from tiny_models import tiny_config, tiny_routing
 
 
 def attention(**changes):
@@ -68,8 +68,13 @@ def test_refused_in_one_sentence(make, given, message):
 def test_a_moe_block_without_moe_is_refused():
   config = tiny_config()
   with pytest.raises(UserError, match="has a moe block but moe is None"):
-    ModelConfig(vocab_size=4, model_dim=8, segments=config.segments, attention=config.attention,
-                mlp=config.mlp)
+    ModelConfig(
+      vocab_size=4,
+      model_dim=8,
+      segments=config.segments,
+      attention=config.attention,
+      mlp=config.mlp,
+    )
 
 
 def test_text_choices_become_members():

@@ -5,14 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
-
 from comparison import relative_error
-from moe_jax.layers.mlp import Activation
+from flax import nnx
 from oracles import decoder, language_model
 from tiny_models import (
-  ALTERNATING, DENSE, MOE, oracle_weights, random_parameters, random_tokens, run,
-  tiny_config)
+  ALTERNATING,
+  DENSE,
+  MOE,
+  oracle_weights,
+  random_parameters,
+  random_tokens,
+  run,
+  tiny_config,
+)
+
+from moe_jax.layers.mlp import Activation
 
 # Float32 sums of tens of terms through 4 blocks against float64.
 TOLERANCE = 1e-5
@@ -25,8 +32,11 @@ def oracle_options(config, length=L):
   routing = config.moe.routing
   route = dict(top_k=routing.top_k, capacity=length, weighting=str(routing.weighting))
   return dict(
-    activation=str(config.mlp.activation), route=route, base=config.attention.rope_theta,
-    epsilon=config.norm_epsilon)
+    activation=str(config.mlp.activation),
+    route=route,
+    base=config.attention.rope_theta,
+    epsilon=config.norm_epsilon,
+  )
 
 
 def oracle_logits(config, weights, tokens, **call):
@@ -38,13 +48,21 @@ def oracle_logits(config, weights, tokens, **call):
 CONFIGS = {
   "dense and moe, gated silu, untied": tiny_config(),
   "dense, plain relu, tied": tiny_config(
-    segments=DENSE, gated=False, activation=Activation.RELU, tie_embeddings=True),
+    segments=DENSE, gated=False, activation=Activation.RELU, tie_embeddings=True
+  ),
   "moe, plain gelu, raw top-1": tiny_config(
-    segments=MOE, gated=False, activation=Activation.GELU, norm_epsilon=1e-2,
-    routing=dict(top_k=1, weighting="raw")),
+    segments=MOE,
+    gated=False,
+    activation=Activation.GELU,
+    norm_epsilon=1e-2,
+    routing=dict(top_k=1, weighting="raw"),
+  ),
   "moe, gated gelu, tied, mixtral weights": tiny_config(
-    segments=MOE, activation=Activation.GELU, tie_embeddings=True,
-    routing=dict(weighting="softmax_selected")),
+    segments=MOE,
+    activation=Activation.GELU,
+    tie_embeddings=True,
+    routing=dict(weighting="softmax_selected"),
+  ),
 }
 
 
@@ -57,12 +75,15 @@ def test_logits_equal_the_float64_oracle(config):
 
 
 # Padding left, right and in the middle; the last row has none.
-TOKEN_MASK = np.array([
-  [0, 0, 1, 1, 1, 1, 1],
-  [1, 1, 1, 1, 0, 0, 0],
-  [1, 1, 0, 1, 1, 0, 1],
-  [1, 1, 1, 1, 1, 1, 1],
-], bool)
+TOKEN_MASK = np.array(
+  [
+    [0, 0, 1, 1, 1, 1, 1],
+    [1, 1, 1, 1, 0, 0, 0],
+    [1, 1, 0, 1, 1, 0, 1],
+    [1, 1, 1, 1, 1, 1, 1],
+  ],
+  bool,
+)
 
 
 def assert_real_logits_equal_the_oracle(config, token_mask, **call):
@@ -82,23 +103,25 @@ def test_padding_anywhere_equals_the_float64_oracle():
 
 
 def test_packed_and_padded_rows_equal_the_float64_oracle():
-  segment_ids = np.array([
-    [1, 1, 1, 2, 2, 3, 0], [1, 1, 2, 2, 2, 2, 2], [1, 1, 1, 1, 1, 0, 0], [4, 4, 4, 9, 9, 9, 9]])
+  segment_ids = np.array(
+    [[1, 1, 1, 2, 2, 3, 0], [1, 1, 2, 2, 2, 2, 2], [1, 1, 1, 1, 1, 0, 0], [4, 4, 4, 9, 9, 9, 9]]
+  )
   positions = np.array([language_model.positions_of(row) for row in segment_ids])
   assert_real_logits_equal_the_oracle(
-    tiny_config(), segment_ids > 0, segment_ids=segment_ids, positions=positions)
+    tiny_config(), segment_ids > 0, segment_ids=segment_ids, positions=positions
+  )
 
 
 def test_full_experts_drop_what_the_float64_oracle_drops():
   # 14 assignments a row for 4 experts of 2 slots: at least 6 are dropped.
   config = tiny_config(
-    routing=dict(overflow="drop", capacity=2, grouping="sequence"), moe=dict(dispatch="gather"))
+    routing=dict(overflow="drop", capacity=2, grouping="sequence"), moe=dict(dispatch="gather")
+  )
   weights = oracle_weights(config, random_parameters(config)[1])
   tokens = random_tokens(config, 2, L)
   options = oracle_options(config)
   options["route"]["capacity"] = 2
-  expected = [
-    decoder.logits(row, weights, positions=np.arange(L), **options) for row in tokens]
+  expected = [decoder.logits(row, weights, positions=np.arange(L), **options) for row in tokens]
   assert relative_error(run(config, tokens), expected) <= TOLERANCE
   dropless = [oracle_logits(config, weights, row) for row in tokens]
   assert relative_error(dropless, expected) > 1e-2

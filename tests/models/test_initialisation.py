@@ -6,19 +6,29 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from tiny_models import DENSE, MOE, random_parameters, tiny_config, tiny_routing
 
 from moe_jax.layers.attention import AttentionConfig
 from moe_jax.layers.mlp import FeedForwardConfig
 from moe_jax.layers.parameters import LOGICAL_AXES, logical_axes, parameter
 from moe_jax.models import Decoder, ModelConfig
 from moe_jax.moe import MoEConfig
-from tiny_models import DENSE, MOE, random_parameters, tiny_config, tiny_routing
 
 # Every fan-in differs from every other: D = 64, heads * width = 32, F = 48 dense and 40 expert.
 FAN_IN = {
-  "embedding": 64, "head": 64, "query": 64, "key": 64, "value": 64, "out": 32,
-  "dense gate": 64, "dense up": 64, "dense down": 48, "router": 64,
-  "expert gate": 64, "expert up": 64, "expert down": 40,
+  "embedding": 64,
+  "head": 64,
+  "query": 64,
+  "key": 64,
+  "value": 64,
+  "out": 32,
+  "dense gate": 64,
+  "dense up": 64,
+  "dense down": 48,
+  "router": 64,
+  "expert gate": 64,
+  "expert up": 64,
+  "expert down": 40,
 }
 # The embedding and the head keep unit scale; see Decoder.
 UNSCALED = ("embedding", "head")
@@ -30,14 +40,21 @@ def born(init_scale):
   """Returns {kind: array} of a fresh model with 2 repeats of a dense and an expert block."""
   network = dict(gated=True)
   config = ModelConfig(
-    vocab_size=50, model_dim=64, segments=(("attention:dense attention:moe", 2),),
+    vocab_size=50,
+    model_dim=64,
+    segments=(("attention:dense attention:moe", 2),),
     attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8),
-    mlp=FeedForwardConfig(48, **network), moe=MoEConfig(tiny_routing(), 40, **network),
-    init_scale=init_scale)
+    mlp=FeedForwardConfig(48, **network),
+    moe=MoEConfig(tiny_routing(), 40, **network),
+    init_scale=init_scale,
+  )
   tree = nnx.to_pure_dict(nnx.split(Decoder(config, key=jax.random.key(7)))[1])
   dense, moe = tree["segments"][0]["blocks"].values()
-  found = {"embedding": tree["embedding"], "head": tree["head"],
-           "router": moe["feed_forward"]["router"]["kernel"]}
+  found = {
+    "embedding": tree["embedding"],
+    "head": tree["head"],
+    "router": moe["feed_forward"]["router"]["kernel"],
+  }
   found |= {name: dense["mixer"][name] for name in ("query", "key", "value", "out")}
   for name in ("gate", "up", "down"):
     found["dense " + name] = dense["feed_forward"]["weights"][name]
@@ -78,7 +95,9 @@ def test_every_layer_expert_and_matrix_is_drawn_apart(births):
 
 
 def test_another_key_gives_other_parameters():
-  draw = lambda seed: parameter(jax.random.key(seed), (8, 8), ("embed", "mlp"), fan_in=8)[...]
+  def draw(seed):
+    return parameter(jax.random.key(seed), (8, 8), ("embed", "mlp"), fan_in=8)[...]
+
   assert np.array_equal(draw(0), draw(0)) and not np.array_equal(draw(0), draw(1))
 
 

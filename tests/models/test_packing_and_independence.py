@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-
 from comparison import relative_error
 from tiny_models import DENSE, random_tokens, run, tiny_config
 
@@ -30,8 +29,11 @@ def full_experts(**routing):
 @every_router
 def test_packed_documents_have_the_logits_they_have_alone(config):
   packed = run(
-    config, TOKENS, segment_ids=np.tile([1, 1, 1, 1, 2, 2, 2, 2], (3, 1)),
-    positions=np.tile([0, 1, 2, 3, 0, 1, 2, 3], (3, 1)))
+    config,
+    TOKENS,
+    segment_ids=np.tile([1, 1, 1, 1, 2, 2, 2, 2], (3, 1)),
+    positions=np.tile([0, 1, 2, 3, 0, 1, 2, 3], (3, 1)),
+  )
   alone = run(config, TOKENS.reshape(6, 4))
   assert relative_error(packed, np.reshape(alone, packed.shape)) <= TOLERANCE
   # Without segment ids the second document reads the first.
@@ -61,8 +63,9 @@ def test_served_by_score_a_token_changes_logits_before_it():
   # Batch prioritised routing is not causal; the docstring says so, this shows it.
   config = full_experts(priority="max_score", grouping="sequence")
   before = run(config, TOKENS)
-  others = [np.concatenate([TOKENS[:, :7], np.full_like(TOKENS[:, 7:], i)], axis=1)
-            for i in range(13)]
+  others = [
+    np.concatenate([TOKENS[:, :7], np.full_like(TOKENS[:, 7:], i)], axis=1) for i in range(13)
+  ]
   assert max(relative_error(run(config, other)[:, :7], before[:, :7]) for other in others) > CHANGED
 
 

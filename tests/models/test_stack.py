@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-
 from comparison import relative_error
-from moe_jax.models import Decoder
+from flax import nnx
 from tiny_models import forward, random_parameters, random_tokens, run, tiny_config
+
+from moe_jax.models import Decoder
 
 # The same float32 operations, fused otherwise.
 TOLERANCE = 1e-6
@@ -83,16 +83,19 @@ def test_recomputing_changes_neither_values_nor_gradients(remat, stored):
 
 
 def test_records_come_one_a_moe_layer_in_the_order_of_the_layers():
-  config = tiny_config(segments=(("attention:moe attention:dense attention:moe", 2),
-                                 ("attention:moe", 1)))
+  config = tiny_config(
+    segments=(("attention:moe attention:dense attention:moe", 2), ("attention:moe", 1))
+  )
   assert config.moe_layers() == [0, 2, 3, 5, 6]
   _, aux = run(config, TOKENS, return_aux=True)
   assert len(aux.plans) == len(aux.router_logits) == 5
   # A layer's router changes its own record first.
   for changed, (block, repeat) in {0: (0, 0), 1: (2, 0), 2: (0, 1), 3: (2, 1)}.items():
     after = run_with_scaled_router(config, block, repeat)
-    same = [relative_error(a, b) <= TOLERANCE
-            for a, b in zip(after.router_logits, aux.router_logits, strict=True)]
+    same = [
+      relative_error(a, b) <= TOLERANCE
+      for a, b in zip(after.router_logits, aux.router_logits, strict=True)
+    ]
     assert same[:changed] == [True] * changed and not same[changed]
 
 
@@ -102,7 +105,8 @@ def run_with_scaled_router(config, block, repeat):
   kernel = params["segments"][0]["blocks"][block]["feed_forward"]["router"]["kernel"]
   scaled = jax.tree.map(lambda a: a, params)
   scaled["segments"][0]["blocks"][block]["feed_forward"]["router"]["kernel"] = kernel.replace(
-    kernel.get_value().at[repeat].multiply(2.0))
+    kernel.get_value().at[repeat].multiply(2.0)
+  )
   return forward(graph, scaled, jnp.asarray(TOKENS), return_aux=True)[1]
 
 

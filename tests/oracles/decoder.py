@@ -4,7 +4,6 @@ Letters: L length, D model width, V vocabulary.
 """
 
 import numpy as np
-
 from oracles import language_model, moe, routing
 
 
@@ -52,7 +51,12 @@ def logits(
   x_LD = weights["embedding"][tokens]
   for one in weights["blocks"]:
     x_LD = block(
-      x_LD, one, positions=positions, token_mask=mask, segment_ids=segment_ids, epsilon=epsilon,
+      x_LD,
+      one,
+      positions=positions,
+      token_mask=mask,
+      segment_ids=segment_ids,
+      epsilon=epsilon,
       **options,
     )
   return language_model.rms_norm(x_LD, weights["final_norm"], epsilon=epsilon) @ weights["head"]
