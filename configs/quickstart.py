@@ -19,30 +19,55 @@ def get_config(variant: str = "moe") -> config_dict.ConfigDict:
     raise UserError(f"variant {variant!r} does not exist; expected moe or dense")
   config = config_dict.ConfigDict()
   config.seed = 0
-  config.steps = 4000
+  config.steps = 3950
   config.batch_size = 16
   config.accumulation_steps = 1
   config.data = dict(corpus="sotu_1790_1870", tokenizer="bytes", sequence_length=128, data_dir="")
 
   blocks = "attention:dense attention:" + variant
   config.model = dict(
-    model_dim=64, segments=((blocks, 2),), num_heads=2, num_kv_heads=2, head_dim=32,
-    rope_theta=10_000.0, mlp=dict(hidden_dim=256, gated=False, activation="relu", dropout=0.0),
-    tie_embeddings=False, dropout=0.0, init_scale=0.1, norm_epsilon=1e-6, dtype="float32",
-    remat="none", scan_unroll=2)
+    model_dim=64,
+    segments=((blocks, 2),),
+    num_heads=2,
+    num_kv_heads=2,
+    head_dim=32,
+    rope_theta=10_000.0,
+    window=128,
+    mlp=dict(hidden_dim=256, gated=False, activation="relu", dropout=0.0),
+    tie_embeddings=False,
+    dropout=0.0,
+    init_scale=0.1,
+    norm_epsilon=1e-6,
+    dtype="float32",
+    remat="none",
+    scan_unroll=2,
+  )
   if variant == "moe":
     config.moe = dict(
-      hidden_dim=256, gated=False, activation="relu", expert_dropout=0.0, router_jitter=0.0,
-      dispatch="gather", **to_mapping(preset("switch", num_experts=8)))
+      hidden_dim=256,
+      gated=False,
+      activation="relu",
+      expert_dropout=0.0,
+      router_jitter=0.0,
+      dispatch="gather",
+      **to_mapping(preset("switch", num_experts=8)),
+    )
     config.moe.capacity = config_dict.placeholder(int)
     config.moe.group_size = config_dict.placeholder(int)
 
   config.optimizer = dict(
-    learning_rate=4e-3, warmup_steps=100, final_fraction=0.05, weight_decay=0.1, clip_norm=1.0,
-    b1=0.9, b2=0.95, epsilon=1e-8)
-  config.eval = dict(every=500, batch_size=0)
+    learning_rate=4e-3,
+    warmup_steps=100,
+    final_fraction=0.05,
+    weight_decay=0.1,
+    clip_norm=1.0,
+    b1=0.9,
+    b2=0.95,
+    epsilon=1e-8,
+  )
+  config.eval = dict(every=1000, batch_size=0)
   config.checkpoint = dict(every=500, keep=2)
   config.log = dict(every=10, tensorboard=False)
-  config.sample = dict(prompt="The President", max_new_tokens=300, temperature=0.7)
+  config.sample = dict(prompt="The President", max_new_tokens=400, temperature=0.7)
   config.report = dict(baseline="")
   return config

@@ -1,1 +1,1 @@
-"""Experiments: each folder asks one question and keeps its answer."""
+"""One folder a question: what is asked, the command, what it cost, what it gave."""

@@ -9,6 +9,9 @@ from flax import nnx
 from moe_jax.errors import UserError
 from moe_jax.models import Decoder
 
+# Float32 arithmetic takes smaller numbers for 0, and 0 / 0 draws nothing sensible.
+_COLDEST = 1e-37
+
 
 def generate(
   model: Decoder,
@@ -42,17 +45,21 @@ def generate(
     (B, L + max_new_tokens) int32, prompt (with its padding) included.
 
   Raises:
-    UserError: an empty prompt, a row without a real token, or arguments out of range.
+    UserError: an empty prompt, a row without a real token, an id outside the vocabulary, or
+      arguments out of range.
   """
-  tokens = jnp.asarray(tokens, jnp.int32)
+  tokens = jnp.asarray(tokens)
   token_mask = jnp.ones(tokens.shape, bool) if token_mask is None else jnp.asarray(token_mask)
-  _check(tokens, token_mask, max_new_tokens, temperature, key)
+  _check_prompts(tokens, token_mask, model.config.vocab_size)
+  _check_sampling(max_new_tokens, temperature, key)
+  tokens = tokens.astype(jnp.int32)
   if max_new_tokens == 0:
     return tokens
   key = jax.random.key(0) if key is None else key
-  if not use_cache:
-    return _generate_uncached(model, tokens, token_mask, max_new_tokens, temperature, key)
   graph, params = nnx.split(model)
+  if not use_cache:
+    return _generate_uncached(
+      graph, params, tokens, token_mask, key, temperature, max_new_tokens)
   return _generate_cached(
     graph, params, tokens, token_mask, key, jnp.float32(temperature), max_new_tokens,
     temperature > 0)
@@ -76,20 +83,28 @@ def _generate_cached(graph, params, tokens, token_mask, key, temperature, max_ne
   return jnp.concatenate([tokens, first[:, None], rest.T], axis=1)
 
 
-def _generate_uncached(model, tokens, token_mask, max_new_tokens, temperature, key):
+def _generate_uncached(graph, params, tokens, token_mask, key, temperature, max_new_tokens):
   for i in range(max_new_tokens):
-    logits = model(tokens, token_mask=token_mask)
-    token = _choose(_last_real(logits, token_mask), key, i, temperature, temperature > 0)
+    logits = _next_logits(graph, params, tokens, token_mask)
+    token = _choose(logits, key, i, temperature, temperature > 0)
     tokens = jnp.concatenate([tokens, token[:, None]], axis=1)
     token_mask = jnp.pad(token_mask, ((0, 0), (0, 1)), constant_values=True)
   return tokens
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _next_logits(graph, params, tokens, token_mask):
+  return _last_real(nnx.merge(graph, params)(tokens, token_mask=token_mask), token_mask)
 
 
 def _choose(logits_BV, key, i, temperature, sample: bool):
   """Returns the next token (B,) int32; draw i of the key."""
   if not sample:
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-  draw = jax.random.categorical(jax.random.fold_in(key, i), logits_BV / temperature)
+  # Measured from the best logit, a tiny temperature sends the others to minus infinity; the best
+  # one itself stays 0 instead of overflowing.
+  below_best_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
+  draw = jax.random.categorical(jax.random.fold_in(key, i), below_best_BV / temperature)
   return draw.astype(jnp.int32)
 
 
@@ -100,19 +115,27 @@ def _last_real(logits_BLV: jax.Array, token_mask: jax.Array) -> jax.Array:
   return jnp.take_along_axis(logits_BLV, last_B[:, None, None], axis=1)[:, 0]
 
 
-def _check(tokens, token_mask, max_new_tokens, temperature, key) -> None:
-  if tokens.ndim != 2 or tokens.shape[1] == 0:
-    raise UserError(f"tokens have shape {tokens.shape}; expected (batch, length) with at least one"
-                    " token a prompt")
+def _check_prompts(tokens, token_mask, vocab_size: int) -> None:
+  if tokens.ndim != 2 or tokens.shape[1] == 0 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+    raise UserError(f"tokens have shape {tokens.shape} and dtype {tokens.dtype}; expected (batch,"
+                    " length) integers with at least one token a prompt")
   if token_mask.shape != tokens.shape or token_mask.dtype != bool:
     raise UserError(f"token_mask has shape {token_mask.shape} and dtype {token_mask.dtype};"
                     f" expected {tokens.shape} and bool, True = real token")
   if not bool(jnp.all(jnp.any(token_mask, axis=1))):
     raise UserError("token_mask has a row without a real token; a prompt needs at least one")
+  unknown = token_mask & ((tokens < 0) | (tokens >= vocab_size))
+  if bool(jnp.any(unknown)):
+    raise UserError(f"tokens hold the id {int(tokens[unknown][0])}; expected ids between 0 and"
+                    f" {vocab_size - 1}")
+
+
+def _check_sampling(max_new_tokens, temperature, key) -> None:
   if max_new_tokens < 0:
     raise UserError(f"max_new_tokens = {max_new_tokens} is refused: it must be 0 or greater")
-  if temperature < 0:
-    raise UserError(f"temperature = {temperature} is refused: it must be 0 or greater")
+  if temperature != 0 and not temperature >= _COLDEST:
+    raise UserError(f"temperature = {temperature} is refused: it must be 0 (greedy) or at least"
+                    f" {_COLDEST}")
   if temperature > 0 and key is None:
     raise UserError(f"temperature = {temperature} samples: key = None was given, a jax.random.key"
                     " is needed")

@@ -9,7 +9,7 @@ from flax import nnx
 from moe_jax.errors import UserError
 from moe_jax.layers.dropout import dropout
 from moe_jax.layers.parameters import parameter
-from moe_jax.layers.rotary import apply_rotary
+from moe_jax.layers.rotary import RotaryTable, apply_rotary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +21,15 @@ class AttentionConfig:
     num_kv_heads: key-value heads; must divide H (GQA, arXiv 2305.13245).
     head_dim: width of a head; even, for rotary positions.
     rope_theta: base of the rotary frequencies.
+    window: real tokens a query looks back on, itself included; None = all. A window of the training
+      length lets a model go on beyond it, since no distance is new.
   """
 
   num_heads: int
   num_kv_heads: int
   head_dim: int
   rope_theta: float = 10_000.0
+  window: int | None = None
 
   def __post_init__(self):
     for name in ("num_heads", "num_kv_heads", "head_dim"):
@@ -34,10 +37,18 @@ class AttentionConfig:
         raise UserError(f"{name} = {getattr(self, name)} is refused: it must be at least 1")
     if self.num_heads % self.num_kv_heads:
       raise UserError(f"num_kv_heads = {self.num_kv_heads} does not divide num_heads ="
-                      f" {self.num_heads}")
+                      f" {self.num_heads}; the nearest that does is {self._nearest_divisor()}")
     if self.head_dim % 2:
       raise UserError(f"head_dim = {self.head_dim} is odd; rotary positions need an even width,"
                       f" for example {self.head_dim + 1}")
+    if not self.rope_theta > 0:
+      raise UserError(f"rope_theta = {self.rope_theta} is refused: it must be greater than 0")
+    if self.window is not None and self.window < 1:
+      raise UserError(f"window = {self.window} is refused: it must be at least 1, or None for all")
+
+  def _nearest_divisor(self) -> int:
+    divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
+    return min(divisors, key=lambda n: abs(n - self.num_kv_heads))
 
 
 @jax.tree_util.register_dataclass
@@ -55,12 +66,13 @@ class AttentionContext:
   """What every attention layer of a call shares.
 
   Attributes:
-    positions: (B, L) int32, rotary positions of the tokens.
-    mask: (B, 1, L, M) bool, True = query l may look at slot m; M = L without a cache.
+    rotary: cosines and sines of the tokens' positions, see `rotary_table`; made once a call.
+    mask: (B, L, M) bool, True = query l may look at slot m; M = L without a cache. Every query
+      looks at one slot at least.
     cache_index: int32 scalar, the cache slot of the first token; None without a cache.
   """
 
-  positions: jax.Array
+  rotary: RotaryTable
   mask: jax.Array
   cache_index: jax.Array | None = None
 
@@ -95,27 +107,62 @@ class Attention(nnx.Module):
   ) -> tuple[jax.Array, KVCache | None]:
     """Maps x (B, L, D) to (B, L, D), writing keys and values into the cache if there is one."""
     project = lambda w: jnp.einsum("BLD,DHK->BLHK", x, w[...].astype(x.dtype))
-    q = apply_rotary(project(self.query), context.positions, self.config.rope_theta)
-    k = apply_rotary(project(self.key), context.positions, self.config.rope_theta)
+    q = apply_rotary(project(self.query), context.rotary)
+    k = apply_rotary(project(self.key), context.rotary)
     v = project(self.value)
     if cache is not None:
       write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(
         old, new.astype(old.dtype), context.cache_index, axis=1)
       cache = KVCache(write(cache.key, k), write(cache.value, v))
       k, v = cache.key.astype(x.dtype), cache.value.astype(x.dtype)
-    heads = jax.nn.dot_product_attention(q, k, v, mask=context.mask)
+    heads = attend(q, k, v, context.mask)
     out = jnp.einsum("BLHK,HKD->BLD", heads, self.out[...].astype(x.dtype))
     return dropout(out, self.dropout_rate, key), cache
 
 
-def causal_mask(token_mask_BL: jax.Array, segment_ids_BL: jax.Array | None) -> jax.Array:
-  """Returns (B, 1, L, L): a token sees real tokens at or before it in its own segment.
+def attend(
+  q_BLHK: jax.Array, k_BMNK: jax.Array, v_BMNK: jax.Array, mask_BLM: jax.Array
+) -> jax.Array:
+  """Returns softmax(q k^T / sqrt(K)) v, (B, L, H, K): attention of H query heads to N key heads.
+
+  Query head h reads key-value head h // (H / N). The softmax is float32. The heads are moved in
+  front of the positions before the products: XLA's CPU backend is twice as slow on the layouts
+  that `jax.nn.dot_product_attention` gives it.
+  """
+  B, L, H, K = q_BLHK.shape
+  N = k_BMNK.shape[2]
+  queries = q_BLHK.reshape(B, L, N, H // N, K).transpose(0, 2, 3, 1, 4).reshape(B, N, -1, K)
+  keys, values = k_BMNK.swapaxes(1, 2), v_BMNK.swapaxes(1, 2)
+  logits = jnp.einsum(
+    "BNQK,BNMK->BNQM", queries * K**-0.5, keys, preferred_element_type=jnp.float32)
+  # Finite, so that the derivative of a masked logit is 0 and not NaN.
+  bias_BLM = jnp.where(mask_BLM, 0.0, -1e30)
+  weights = jax.nn.softmax(logits.reshape(B, N, H // N, L, -1) + bias_BLM[:, None, None], axis=-1)
+  weights = weights.astype(values.dtype).reshape(logits.shape)
+  out = jnp.einsum("BNQM,BNMK->BNQK", weights, values)
+  return out.reshape(B, N, H // N, L, K).transpose(0, 3, 1, 2, 4).reshape(B, L, H, K)
+
+
+def attention_mask(
+  query_slots_L: jax.Array,
+  query_positions_BL: jax.Array,
+  key_mask_BM: jax.Array,
+  key_positions_BM: jax.Array,
+  window: int | None,
+) -> jax.Array:
+  """Returns (B, L, M): a token sees the real tokens at or before it, the last `window` of them.
 
   A padding query sees itself, so that its (unused) softmax is defined.
+
+  Args:
+    query_slots_L: (L,) int32, the queries' places among the M keys.
+    query_positions_BL, key_positions_BM: int32, counted in real tokens; the window is measured in
+      them.
+    key_mask_BM: (B, M) bool, True = real token.
+    window: see `AttentionConfig`.
   """
-  L = token_mask_BL.shape[1]
-  steps = jnp.arange(L)
-  mask = (steps[:, None] >= steps[None, :])[None] & token_mask_BL[:, None, :]
-  if segment_ids_BL is not None:
-    mask &= segment_ids_BL[:, :, None] == segment_ids_BL[:, None, :]
-  return (mask | jnp.eye(L, dtype=bool)[None])[:, None]
+  slots = jnp.arange(key_mask_BM.shape[1])
+  mask = (slots[None, :] <= query_slots_L[:, None])[None] & key_mask_BM[:, None, :]
+  if window is not None:
+    mask &= query_positions_BL[:, :, None] - key_positions_BM[:, None, :] < window
+  return mask | (slots[None, :] == query_slots_L[:, None])[None]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax.choices import as_choice
 from moe_jax.errors import UserError
 from moe_jax.layers.dropout import dropout
 from moe_jax.layers.parameters import parameter
@@ -44,7 +45,8 @@ class FeedForwardConfig:
   dropout: float = 0.0
 
   def __post_init__(self):
-    object.__setattr__(self, "activation", Activation(self.activation))
+    activation = as_choice(Activation, "activation", self.activation)
+    object.__setattr__(self, "activation", activation)
     if self.hidden_dim < 1:
       raise UserError(f"hidden_dim = {self.hidden_dim} is refused: it must be at least 1")
     if not 0.0 <= self.dropout < 1.0:

@@ -4,6 +4,21 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+# Every name an axis can have; a sharding table maps them to mesh axes.
+LOGICAL_AXES = {
+  "layers": "repeats of a segment's pattern",
+  "vocab": "V",
+  "embed": "D",
+  "heads": "H, query heads",
+  "kv_heads": "key-value heads",
+  "head_dim": "width of a head",
+  "mlp": "F of a dense feed-forward",
+  "expert": "E",
+  "expert_mlp": "F of an expert",
+  "router": "E as outputs of the router, which every device needs whole",
+  "norm": "D of a norm's scale",
+}
+
 
 def parameter(
   key: jax.Array,
@@ -21,7 +36,7 @@ def parameter(
   Args:
     key: a random key.
     shape: the parameter's shape.
-    axes: one logical name an axis ("expert", "embed", ...); a sharding table maps them to a mesh.
+    axes: one name of `LOGICAL_AXES` an axis.
     fan_in: inputs summed into one output.
     scale: the variance of an output per unit variance of input.
   """
@@ -33,6 +48,9 @@ def with_axes(value: jax.Array, axes: tuple[str, ...]) -> nnx.Param:
   """Wraps a value as a parameter with named axes."""
   if value.ndim != len(axes):
     raise ValueError(f"{axes} names {len(axes)} axes of a parameter of shape {value.shape}")
+  unknown = [name for name in axes if name not in LOGICAL_AXES]
+  if unknown:
+    raise ValueError(f"{unknown} are not logical axes; known are {', '.join(LOGICAL_AXES)}")
   return nnx.Param(value, axes=axes)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import enum
 
+from moe_jax.choices import as_choice
 from moe_jax.errors import UserError
 from moe_jax.layers.attention import AttentionConfig
 from moe_jax.layers.mlp import FeedForwardConfig
@@ -80,7 +81,7 @@ class ModelConfig:
   scan_unroll: int = 1
 
   def __post_init__(self):
-    object.__setattr__(self, "remat", Remat(self.remat))
+    object.__setattr__(self, "remat", as_choice(Remat, "remat", self.remat))
     for name in ("vocab_size", "model_dim", "scan_unroll"):
       if getattr(self, name) < 1:
         raise UserError(f"{name} = {getattr(self, name)} is refused: it must be at least 1")
@@ -88,16 +89,20 @@ class ModelConfig:
       raise UserError(f"dtype = {self.dtype!r} is not one of float32, bfloat16")
     if not 0.0 <= self.dropout < 1.0:
       raise UserError(f"dropout = {self.dropout} is refused: it must be in [0, 1)")
-    if self.init_scale <= 0:
-      raise UserError(f"init_scale = {self.init_scale} is refused: it must be greater than 0")
+    for name in ("init_scale", "norm_epsilon"):
+      if not getattr(self, name) > 0:
+        raise UserError(f"{name} = {getattr(self, name)} is refused: it must be greater than 0")
     kinds = [kind for segment in self.parsed_segments() for _, kind in segment.pattern]
     if "moe" in kinds and self.moe is None:
       raise UserError(f"segments = {self.segments} has a moe block but moe is None")
+    # JSON gives lists, and a config must be hashable: it is part of what is compiled.
+    object.__setattr__(self, "segments", tuple(map(tuple, self.segments)))
 
   def parsed_segments(self) -> tuple[Segment, ...]:
     """Returns the segments with their patterns taken apart."""
-    if not self.segments:
-      raise UserError("segments = () is empty: a model needs at least one, for example"
+    if not (self.segments and isinstance(self.segments, (tuple, list))):
+      raise UserError(f"segments = {self.segments!r} is refused: a model needs at least one"
+                      " (pattern, repeats) pair, for example"
                       " (('attention:dense attention:moe', 2),)")
     return tuple(_parse_segment(segment) for segment in self.segments)
 
@@ -123,7 +128,7 @@ class ModelConfig:
     """
     if self.moe is None:
       return self
-    config = self.with_routing(overflow=Overflow.DROPLESS)
+    config = self.with_routing(overflow=Overflow.DROPLESS, capacity=None)
     return dataclasses.replace(
       config, moe=dataclasses.replace(config.moe, dispatch=Dispatch.RAGGED))
 

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.errors import UserError
-from moe_jax.layers.attention import AttentionContext, KVCache, causal_mask
+from moe_jax.layers.attention import AttentionContext, KVCache, attention_mask
 from moe_jax.layers.dropout import dropout, split_key
 from moe_jax.layers.norms import RMSNorm
 from moe_jax.layers.parameters import parameter
+from moe_jax.layers.rotary import RotaryTable, rotary_table
 from moe_jax.models.config import ModelConfig
 from moe_jax.models.stack import ScannedSegment, SegmentCache
 from moe_jax.moe.types import RoutingPlan
@@ -93,14 +94,23 @@ class Decoder(nnx.Module):
       key: random key for training, needed if the config draws random numbers.
 
     Returns:
-      logits (B, L, V) float32, and `ModelAux` if asked for.
+      logits (B, L, V) float32, and `ModelAux` if asked for. A token id outside the
+      vocabulary makes them NaN, also those of tokens that attend to it or share its experts.
+
+    Raises:
+      UserError: shapes or dtypes that do not fit, or a missing key.
     """
-    self._check(tokens, token_mask, train, key)
+    _check_tokens(tokens, token_mask, segment_ids, positions)
+    self._check_key(train, key)
     if token_mask is None:
       token_mask = jnp.ones(tokens.shape, bool)
     if positions is None:
       positions = _count_positions(token_mask)
-    context = AttentionContext(positions, causal_mask(token_mask, segment_ids))
+    mask = attention_mask(
+      jnp.arange(tokens.shape[1]), positions, token_mask, positions, self.config.attention.window)
+    if segment_ids is not None:
+      mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
+    context = AttentionContext(self._rotary(positions), mask)
     x, _, records = self._run(
       tokens, context, token_mask, None, key=key if train else None, train=train)
     logits = self._logits(x)
@@ -111,23 +121,30 @@ class Decoder(nnx.Module):
   ) -> tuple[jax.Array, DecoderCache]:
     """Extends cached sequences by tokens (B, L) and returns their logits (B, L, V) and the cache.
 
-    Padding (token_mask False) takes a cache slot but no position, and is never looked at.
+    Padding (token_mask False) takes a cache slot but no position, and is never looked at. A cache
+    without room for L more tokens is refused; inside a compiled function, where the free slots
+    are not known, the logits are NaN.
+
+    Raises:
+      UserError: shapes or dtypes that do not fit, or a cache that is full or of another batch.
     """
-    self._check(tokens, token_mask, False, None)
+    _check_tokens(tokens, token_mask)
+    _check_room(tokens, cache)
     if token_mask is None:
       token_mask = jnp.ones(tokens.shape, bool)
     seen = jnp.sum(cache.token_mask, axis=1, keepdims=True)
     positions = seen + _count_positions(token_mask)
     slots_mask = jax.lax.dynamic_update_slice_in_dim(
       cache.token_mask, token_mask, cache.index, axis=1)
-    own = cache.index + jnp.arange(tokens.shape[1])
-    slots = jnp.arange(slots_mask.shape[1])
-    mask = (slots[None, :] <= own[:, None])[None] & slots_mask[:, None, :]
-    mask |= (slots[None, :] == own[:, None])[None]
-    context = AttentionContext(positions, mask[:, None], cache.index)
+    mask = attention_mask(
+      cache.index + jnp.arange(tokens.shape[1]), positions, slots_mask,
+      _count_positions(slots_mask), self.config.attention.window)
+    context = AttentionContext(self._rotary(positions), mask, cache.index)
     x, segments, _ = self._run(
       tokens, context, token_mask, cache.segments, key=None, train=False)
     index = cache.index + tokens.shape[1]
+    # An update beyond the last slot would silently overwrite earlier ones.
+    x = jnp.where(index <= slots_mask.shape[1], x, jnp.nan)
     return self._logits(x), DecoderCache(segments, slots_mask, index)
 
   def init_cache(self, batch_size: int, num_slots: int) -> DecoderCache:
@@ -143,7 +160,10 @@ class Decoder(nnx.Module):
 
   def _run(self, tokens, context, token_mask, caches, *, key, train):
     embed_key, *keys = split_key(key, 1 + len(self.segments))
-    x = self.embedding[...][tokens].astype(self.config.dtype)
+    # An id outside the vocabulary must not pass for a word; what padding holds does not matter.
+    ids = jnp.where(token_mask, tokens, 0)
+    x = self.embedding[...].at[ids].get(
+      mode="fill", fill_value=jnp.nan, wrap_negative_indices=False).astype(self.config.dtype)
     x = dropout(x, self.config.dropout, embed_key)
     caches = [None] * len(self.segments) if caches is None else caches
     new_caches, records = [], []
@@ -152,6 +172,10 @@ class Decoder(nnx.Module):
       new_caches.append(cache)
       records.extend(aux)
     return x, new_caches, records
+
+  def _rotary(self, positions: jax.Array) -> RotaryTable:
+    c = self.config.attention
+    return rotary_table(positions, c.head_dim, c.rope_theta)
 
   def _logits(self, x: jax.Array) -> jax.Array:
     x = self.final_norm(x)
@@ -170,17 +194,33 @@ class Decoder(nnx.Module):
         + routing.z_loss_weight * losses["router_z"])
     return ModelAux([r.router_logits for r in records], plans, losses, mean("metrics"))
 
-  def _check(self, tokens, token_mask, train, key) -> None:
-    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-      raise UserError(f"tokens have shape {tokens.shape} and dtype {tokens.dtype}; expected"
-                      " (batch, length) integers")
-    if token_mask is not None and (token_mask.shape != tokens.shape or token_mask.dtype != bool):
-      raise UserError(f"token_mask has shape {token_mask.shape} and dtype {token_mask.dtype};"
-                      f" expected {tokens.shape} and bool, True = real token")
+  def _check_key(self, train, key) -> None:
     moe_key = self.config.moe is not None and self.config.moe.needs_key
     if train and key is None and (self.config.dropout or self.config.mlp.dropout or moe_key):
       raise UserError("training this model draws random numbers: key = None was given, a"
                       " jax.random.key is needed")
+
+
+def _check_tokens(tokens, token_mask=None, segment_ids=None, positions=None) -> None:
+  if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+    raise UserError(f"tokens have shape {tokens.shape} and dtype {tokens.dtype}; expected"
+                    " (batch, length) integers")
+  if token_mask is not None and (token_mask.shape != tokens.shape or token_mask.dtype != bool):
+    raise UserError(f"token_mask has shape {token_mask.shape} and dtype {token_mask.dtype};"
+                    f" expected {tokens.shape} and bool, True = real token")
+  for name, value in (("segment_ids", segment_ids), ("positions", positions)):
+    if value is not None and value.shape != tokens.shape:
+      raise UserError(f"{name} has shape {value.shape}; expected that of tokens, {tokens.shape}")
+
+
+def _check_room(tokens, cache: DecoderCache) -> None:
+  (B, L), (rows, slots) = tokens.shape, cache.token_mask.shape
+  if rows != B:
+    raise UserError(f"the cache has {rows} rows; expected {B}, those of tokens")
+  used = 0 if isinstance(cache.index, jax.core.Tracer) else int(cache.index)
+  if used + L > slots:
+    raise UserError(f"the cache has {slots} slots and {used} are taken: {L} more tokens need"
+                    f" init_cache with at least {used + L}")
 
 
 def _count_positions(token_mask: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from moe_jax.errors import UserError
 from moe_jax.moe.types import (
   CapacityConvention, DropOrder, Overflow, Priority, Rounding, RoutingConfig)
 
@@ -20,8 +21,15 @@ def expert_capacity(config: RoutingConfig, num_tokens: int, *, train: bool) -> i
   decimal it was written as: 1.1 * 100 / 10 is 11 slots, not ceil(11.000000000000002). Padding
   tokens count in S, so that C is static. Dropless routing has C = S: a token asks for an expert at
   most once.
+
+  Raises:
+    UserError: dropless routing with a given capacity below S, which would have to drop.
   """
   if config.overflow == Overflow.DROPLESS:
+    if config.capacity is not None and config.capacity < num_tokens:
+      raise UserError(
+        f"capacity = {config.capacity} contradicts overflow = dropless for groups of {num_tokens}"
+        f" tokens: set overflow = drop to use it, or capacity = None")
     return num_tokens
   if config.capacity is not None:
     return min(config.capacity, num_tokens)

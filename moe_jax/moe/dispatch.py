@@ -18,6 +18,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
+from moe_jax.choices import as_choice
 from moe_jax.moe.moves import Moves, collect, make_moves, spread
 from moe_jax.moe.types import RoutingPlan
 
@@ -118,7 +119,7 @@ _DISPATCHERS = {
 
 def get_dispatcher(form: Dispatch) -> Dispatcher:
   """Returns the dispatcher of that form."""
-  return _DISPATCHERS[Dispatch(form)]
+  return _DISPATCHERS[as_choice(Dispatch, "dispatch", form)]
 
 
 def _by_group(rows_END: jax.Array, plan: RoutingPlan) -> jax.Array:

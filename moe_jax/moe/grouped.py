@@ -79,8 +79,10 @@ def _backward(fn, block, saved, dout):
     def step(i, carry):
       drows, dw = carry
       at, mine = _block(start, size, i, block, rows.shape[0])
+      # Another expert's rows too are cleared: 0 * inf would put a NaN into this one's gradient.
+      x = jnp.where(mine, _read(rows, at, block), 0)
       dy = jnp.where(mine, _read(dout, at, block), 0)
-      _, vjp = jax.vjp(lambda x, w: fn(x, w, _block_key(key, i)), _read(rows, at, block), w)
+      _, vjp = jax.vjp(lambda x, w: fn(x, w, _block_key(key, i)), x, w)
       dx, dw_block = vjp(dy)
       dw = jax.tree.map(lambda total, part: total + part.astype(jnp.float32), dw, dw_block)
       return _write(drows, dx, at, mine), dw

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax.choices import as_choice
 from moe_jax.errors import UserError
 from moe_jax.layers.dropout import split_key
 from moe_jax.layers.mlp import Activation, FeedForwardConfig
@@ -39,9 +40,10 @@ class MoEConfig:
   dispatch: Dispatch = Dispatch.GATHER
 
   def __post_init__(self):
-    object.__setattr__(self, "dispatch", Dispatch(self.dispatch))
-    if not 0.0 <= self.router_jitter < 1.0:
-      raise UserError(f"router_jitter = {self.router_jitter} is refused: it must be in [0, 1)")
+    object.__setattr__(self, "dispatch", as_choice(Dispatch, "dispatch", self.dispatch))
+    for name in ("expert_dropout", "router_jitter"):
+      if not 0.0 <= getattr(self, name) < 1.0:
+        raise UserError(f"{name} = {getattr(self, name)} is refused: it must be in [0, 1)")
     self.feed_forward()
 
   def feed_forward(self) -> FeedForwardConfig:
@@ -58,7 +60,7 @@ class MoEConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MoEAux:
-  """What a layer decided: router_logits (B, L, E) float32 (before any noise) and the plan."""
+  """What a layer decided: router_logits (B, L, E) float32, jitter included, and the plan."""
 
   router_logits: jax.Array
   plan: RoutingPlan
@@ -101,6 +103,9 @@ class MoELayer(nnx.Module):
 
     Returns:
       y (B, L, D) in the dtype of x, and the aux record.
+
+    Raises:
+      UserError: a mask that does not fit x, or training without a key that it needs.
     """
     if train and key is None and self.config.needs_key:
       raise UserError("the MoE layer draws random numbers in training (dropout, jitter or"
@@ -110,6 +115,9 @@ class MoELayer(nnx.Module):
     logits = self.router(x, key=jitter_key)
     if token_mask is None:
       token_mask = jnp.ones(x.shape[:2], bool)
+    elif token_mask.shape != x.shape[:2]:
+      # Groups are a reshape, which would accept a transposed mask.
+      raise UserError(f"token_mask has shape {token_mask.shape}; expected {x.shape[:2]}")
     x_GSD, logits_GSE, mask_GS = (to_groups(a, routing) for a in (x, logits, token_mask))
     plan = route(logits_GSE, routing, token_mask=mask_GS, key=select_key, train=train)
 

@@ -5,14 +5,16 @@
 | `load` (E,) | fraction of assignments that ask for each expert, before any drop | 1/E |
 | `load_entropy` | entropy of `load` / ln E | 1 |
 | `max_violation` | max load / mean load - 1 (arXiv 2408.15664 Eq. 4) | `max_violation_floor` |
-| `max_violation_floor` | its expectation when S*G*K assignments fall at random | |
+| `max_violation_floor` | its expectation when S*G*K assignments fall at random; static | |
 | `dropped_fraction` | assignments asked for that got no slot | 0 |
 | `dropped_tokens` | tokens none of whose assignments got a slot | 0 |
 | `dead_experts` | experts nobody asked for | 0 |
 | `router_confidence` | mean over tokens of the largest probability | about 1/E |
 | `capacity_utilization` | filled slots / all slots | |
-| `slots_per_assignment` | all slots / (S*G*K): below 1 drops are certain; static | |
+| `slots_per_assignment` | all slots / (K * real tokens): below 1, K choices a token cannot all fit | |
 | `effective_capacity_factor` | C*E/S, or C*E/(K*S): the factor after rounding; static | |
+
+Without a real token all are 0 but `dead_experts` (E), the static ones, and the entropy of E = 1.
 """
 
 import functools
@@ -51,7 +53,8 @@ def routing_metrics(
     "dropped_tokens": jnp.sum(lost_GS) / jnp.maximum(real, 1),
     "router_confidence": jnp.sum(confidence_GS) / jnp.maximum(real, 1),
     "capacity_utilization": kept / slots,
-    "slots_per_assignment": slots / (G * S * config.top_k),
+    # Padding asks for nothing, so counting it would announce drops that cannot happen.
+    "slots_per_assignment": jnp.where(real > 0, slots / (config.top_k * jnp.maximum(real, 1)), 0.0),
     "effective_capacity_factor": slots / (G * S * (1 if per_token else config.top_k)),
   }
   return jax.lax.stop_gradient({k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()})
@@ -64,7 +67,8 @@ def load_statistics(load_E: jax.Array) -> dict[str, jax.Array]:
   """
   return {
     "load_entropy": _normalized_entropy(load_E),
-    "max_violation": load_E.shape[0] * jnp.max(load_E) - 1.0,
+    "max_violation": jnp.where(
+      jnp.any(load_E > 0), load_E.shape[0] * jnp.max(load_E) - 1.0, 0.0),
     "dead_experts": jnp.sum(load_E == 0).astype(jnp.float32),
   }
 

@@ -10,13 +10,15 @@ from moe_jax.moe.types import (
 
 _PRESETS: dict[str, dict] = {
   # Switch Transformer, arXiv 2101.03961: top-1 weighted by its probability (Eq. 2), capacity
-  # tokens / experts * factor (Eq. 3), 1.25 in training and 2.0 in evaluation, loss Eq. 4 with
-  # alpha = 0.01.
+  # tokens / experts * factor (Eq. 3), loss Eq. 4 with alpha = 0.01. The paper gives no rounding
+  # and no evaluation factor; Mesh TensorFlow, where it was trained, floors and takes 1.25 and 2.0
+  # (tensorflow/mesh, mesh_tensorflow/transformer/moe.py).
   "switch": dict(
     num_experts=8, top_k=1, weighting=Weighting.RAW,
     capacity_convention=CapacityConvention.PER_TOKEN, capacity_factor=1.25,
-    eval_capacity_factor=2.0, balance_fraction=BalanceFraction.FIRST_CHOICE,
-    balance_scope=BalanceScope.GROUP, balance_loss_weight=0.01),
+    eval_capacity_factor=2.0, capacity_rounding=Rounding.FLOOR,
+    balance_fraction=BalanceFraction.FIRST_CHOICE, balance_scope=BalanceScope.GROUP,
+    balance_loss_weight=0.01),
   # GShard, arXiv 2006.16668 Algorithm 1: top-2 in local groups, weights normalised before drops,
   # second expert at random, capacity 2S/E, auxiliary loss of first choices per group.
   "gshard": dict(
@@ -34,7 +36,8 @@ _PRESETS: dict[str, dict] = {
     balance_fraction=BalanceFraction.FIRST_CHOICE, balance_scope=BalanceScope.GROUP,
     balance_loss_weight=0.01),
   # Mixtral, arXiv 2401.04088 section 2.1: softmax over the two selected logits, no token dropped;
-  # the released training loss counts both choices over all tokens.
+  # the released code's auxiliary loss counts both choices over all tokens, with the released
+  # config's coefficient.
   "mixtral": dict(
     num_experts=8, top_k=2, weighting=Weighting.SOFTMAX_SELECTED, overflow=Overflow.DROPLESS,
     balance_fraction=BalanceFraction.ALL_CHOICES, balance_scope=BalanceScope.BATCH,

@@ -49,6 +49,8 @@ def route(
 
 def _route(logits_GSE, config, mask_GS, key, train):
   G, S, E = logits_GSE.shape
+  # Whatever stands in padding, an infinity or a NaN too, must reach no sum and no gradient.
+  logits_GSE = jnp.where(mask_GS[..., None], logits_GSE, 0.0)
   probs_GSE = scores.softmax_scores(logits_GSE)
   expert_GSK, used_GSK = selection.select(probs_GSE, config, key=key, train=train)
   asked_GSK = used_GSK & mask_GS[..., None]

@@ -11,10 +11,13 @@ Axis letters, used in names, docstrings and einsum strings throughout the packag
 import dataclasses
 import enum
 import functools
+import math
+import numbers
 
 import jax
 import jax.numpy as jnp
 
+from moe_jax.choices import as_choice
 from moe_jax.errors import UserError
 
 
@@ -145,13 +148,17 @@ class RoutingConfig:
   def __post_init__(self):
     for field in dataclasses.fields(self):
       if isinstance(field.type, enum.EnumType):
-        object.__setattr__(self, field.name, _as_enum(field.type, field.name, getattr(self, field.name)))
+        value = as_choice(field.type, field.name, getattr(self, field.name))
+        object.__setattr__(self, field.name, value)
+      else:
+        _check_number(field, getattr(self, field.name))
     for name in ("num_experts", "min_capacity", "capacity_multiple"):
       _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
     _require(1 <= self.top_k <= self.num_experts, "top_k", self.top_k,
              f"between 1 and num_experts = {self.num_experts}")
     for name in ("capacity_factor", "eval_capacity_factor"):
-      _require(getattr(self, name) > 0, name, getattr(self, name), "greater than 0")
+      _require(0 < getattr(self, name) < math.inf, name, getattr(self, name),
+               "greater than 0 and finite (overflow = dropless drops nothing)")
     for name in ("balance_loss_weight", "z_loss_weight"):
       _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or greater")
     _require(self.capacity is None or self.capacity >= 1, "capacity", self.capacity,
@@ -181,11 +188,14 @@ class RoutingConfig:
         " (loading and inference accept it)")
 
 
-def _as_enum(kind, name, value):
-  try:
-    return kind(value)
-  except ValueError:
-    raise UserError(f"{name} = {value!r} is not one of {', '.join(kind)}") from None
+def _check_number(field: dataclasses.Field, value: object) -> None:
+  """Refuses what is no number, and a fraction where a count is meant."""
+  if value is None and field.type == int | None:
+    return
+  kind, words = (
+    (numbers.Real, "a number") if field.type is float else (numbers.Integral, "an integer"))
+  # A bool is an int to Python, never to the user.
+  _require(isinstance(value, kind) and not isinstance(value, bool), field.name, repr(value), words)
 
 
 def _require(holds: bool, name: str, value, expected: str) -> None:

@@ -32,7 +32,12 @@ def weigh(
     weight_GSK = weight_GSK / jnp.sum(weight_GSK, axis=-1, keepdims=True)
   weight_GSK = jnp.where(kept_GSK, weight_GSK, 0.0)
   if weighting == Weighting.RENORMALIZED_AFTER_DROP:
+    largest_GS1 = jnp.max(weight_GSK, axis=-1, keepdims=True)
+    # A kept score may be tiny, and the derivative of a / b has b^2, which underflows to 0 / 0 below
+    # 1e-19: scale by the largest first. The quotient does not depend on that scale.
+    scale_GS1 = jnp.where(largest_GS1 > 0, largest_GS1, 1.0)
+    weight_GSK = weight_GSK / jax.lax.stop_gradient(scale_GS1)
     total_GS1 = jnp.sum(weight_GSK, axis=-1, keepdims=True)
-    # The inner where keeps the gradient of a token without experts at 0 instead of NaN.
-    weight_GSK = jnp.where(total_GS1 > 0, weight_GSK / jnp.where(total_GS1 > 0, total_GS1, 1.0), 0.0)
+    # A token without experts divides 0 by 1: both value and gradient are 0.
+    weight_GSK = weight_GSK / jnp.where(largest_GS1 > 0, total_GS1, 1.0)
   return weight_GSK

@@ -23,7 +23,8 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(
       (workdir / _FOLDER).absolute(),
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=config.keep, cleanup_tmp_directories=True, enable_async_checkpointing=True),
+        max_to_keep=config.keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
+      ),
       item_names=("state", "data"),
     )
 
@@ -39,8 +40,10 @@ class Checkpoints:
 
   def save(self, step: int, state: TrainState, data: dict[str, Any]) -> None:
     """Saves; the state is copied before this returns, writing goes on in the background."""
-    self._manager.save(step, args=ocp.args.Composite(
-      state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)))
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data)),
+    )
 
   def wait(self) -> None:
     """Returns when everything saved is on disk."""
@@ -48,8 +51,12 @@ class Checkpoints:
 
   def restore(self, step: int, template: TrainState) -> tuple[TrainState, dict[str, Any]]:
     """Restores a step into the shapes, dtypes and shardings of `template` (abstract arrays)."""
-    restored = self._manager.restore(step, args=ocp.args.Composite(
-      state=ocp.args.StandardRestore(template), data=ocp.args.JsonRestore()))
+    restored = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(template), data=ocp.args.JsonRestore()
+      ),
+    )
     return restored.state, restored.data
 
 
@@ -68,11 +75,12 @@ def restore_params(workdir: Path, template: TrainState, step: int | None = None)
       raise UserError(f"{folder} holds no complete checkpoint; run moe-jax train again to go on")
     if step is not None and step not in steps:
       nearest = min(steps, key=lambda s: abs(s - step))
-      raise UserError(f"{folder} has no step {step}; the nearest is {nearest} (steps: "
-                      f"{', '.join(map(str, steps))})")
+      raise UserError(
+        f"{folder} has no step {step}; the nearest is {nearest} (steps: "
+        f"{', '.join(map(str, steps))})"
+      )
     step = steps[-1] if step is None else step
     state = manager.restore(
-      step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template))).state
+      step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template))
+    ).state
   return step, state.params
-
-

@@ -15,9 +15,10 @@ from moe_jax.training.config import ExperimentConfig, experiment_from
 from moe_jax.training.evaluate import Evaluator
 from moe_jax.training.loop import run_steps
 from moe_jax.training.optimizer import make_optimizer
-from moe_jax.training.run_folder import SUMMARY_FILE, open_run, read_config, write_json
+from moe_jax.training.run_folder import SUMMARY_FILE, check_run, claim_run, read_config, write_json
 from moe_jax.training.state import TrainState, init_state
 from moe_jax.training.summary import summarize
+from moe_jax.training.writers import check_writers
 
 
 def train(args: SimpleNamespace) -> None:
@@ -29,9 +30,11 @@ def train(args: SimpleNamespace) -> None:
   workdir = Path(args.workdir)
   mapping = args.config.to_dict()
   config = experiment_from(mapping)
-  open_run(workdir, mapping)
+  check_run(workdir, mapping)
+  check_writers(config.log)
   data = prepare(config.data)
   steps_per_epoch(data.train, config.batch_size)
+  claim_run(workdir, mapping)
   state = run_steps(config, data, workdir)
   summary = summarize(config, data, state.params, workdir)
   summary["wall_seconds"] = time.monotonic() - started
@@ -46,11 +49,15 @@ def evaluate(args: SimpleNamespace) -> None:
   config, step, params = load_run(workdir, args.step)
   evaluator = Evaluator(config, prepare(config.data))
   print(f"{workdir} at step {step}, held-out:")
-  for name, result in (("dropless", evaluator.dropless(params)),
-                       ("at the training capacity", evaluator.at_training_capacity(params))):
+  for name, result in (
+    ("dropless", evaluator.dropless(params)),
+    ("at the training capacity", evaluator.at_training_capacity(params)),
+  ):
     if result is not None:
-      print(f"  {name}: {result.loss:.4f} nats per token, {result.bits_per_byte:.4f} bits per"
-            f" byte, {100 * result.dropped_fraction:.2f} % of assignments dropped")
+      print(
+        f"  {name}: {result.loss:.4f} nats per token, {result.bits_per_byte:.4f} bits per"
+        f" byte, {100 * result.dropped_fraction:.2f} % of assignments dropped"
+      )
 
 
 def load_run(workdir: Path, step: int | None = None) -> tuple[ExperimentConfig, int, Any]:

@@ -40,8 +40,9 @@ class OptimizerConfig:
   epsilon: float = 1e-8
 
   def __post_init__(self):
-    _at_least(self, 0, "learning_rate", "warmup_steps", "final_fraction", "weight_decay",
-              "clip_norm")
+    _at_least(
+      self, 0, "learning_rate", "warmup_steps", "final_fraction", "weight_decay", "clip_norm"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +140,10 @@ class ExperimentConfig:
     _at_least(self, 0, "seed")
     _at_least(self, 1, "steps", "batch_size", "accumulation_steps")
     if self.batch_size % self.accumulation_steps:
-      raise UserError(f"accumulation_steps = {self.accumulation_steps} does not divide batch_size"
-                      f" = {self.batch_size}")
+      raise UserError(
+        f"accumulation_steps = {self.accumulation_steps} does not divide batch_size"
+        f" = {self.batch_size}"
+      )
     if self.model.moe is not None:
       self.model.moe.routing.check_trainable()
 

@@ -57,7 +57,8 @@ class Evaluator:
     return EvalResult(
       loss=total["nll"] / total["targets"],
       bits_per_byte=total["nll"] / math.log(2) / self._data.heldout_bytes,
-      dropped_fraction=total["dropped"] / total["tokens"])
+      dropped_fraction=total["dropped"] / total["tokens"],
+    )
 
 
 def at_training_capacity(model: ModelConfig) -> ModelConfig:

@@ -1,5 +1,7 @@
 """The training loop."""
 
+import contextlib
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -9,13 +11,14 @@ import jax
 from moe_jax.data.builders import PreparedData
 from moe_jax.data.loader import train_iterator
 from moe_jax.data.loader_state import StreamIdentity, restore_state, save_state
+from moe_jax.errors import UserError
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.config import ExperimentConfig
 from moe_jax.training.evaluate import Evaluator
 from moe_jax.training.optimizer import make_optimizer
 from moe_jax.training.state import TrainState, init_state
 from moe_jax.training.step import make_train_step
-from moe_jax.training.writers import JsonLinesWriter, Progress, TensorBoardWriter
+from moe_jax.training.writers import Progress, open_writers
 
 
 def run_steps(config: ExperimentConfig, data: PreparedData, workdir: Path) -> TrainState:
@@ -31,31 +34,32 @@ def run_steps(config: ExperimentConfig, data: PreparedData, workdir: Path) -> Tr
   identity = StreamIdentity(data.fingerprint, config.batch_size, config.seed)
   batches = train_iterator(data.train, batch_size=config.batch_size, seed=config.seed)
 
-  with Checkpoints(workdir, config.checkpoint) as checkpoints:
+  with contextlib.ExitStack() as stack:
+    checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint))
     state, first = _restore_or_init(config, optimizer, checkpoints, batches, identity)
-    writers = _open_writers(config, workdir, first)
-    progress = Progress(first, config.steps, workdir.name)
+    writers = [
+      stack.enter_context(contextlib.closing(w)) for w in open_writers(config.log, workdir, first)
+    ]
+    progress = stack.enter_context(contextlib.closing(Progress(first, config.steps, workdir.name)))
     if first:
       progress.say(f"resuming {workdir} at step {first}")
     clock = _Clock(config)
     for step in range(first + 1, config.steps + 1):
       state, metrics = train_step(state, next(batches))
-      last = step == config.steps
-      evaluating = last or step % config.eval.every == 0
-      if evaluating or step % config.log.every == 0:
+      due = lambda every, step=step: step == config.steps or step % every == 0
+      if due(config.log.every) or due(config.eval.every):
         row = clock.row(step, metrics)
-        if evaluating:
+        _check_finite(row)
+        if due(config.eval.every):
           row |= _evaluate(evaluator, state)
           clock.restart(step)
         for writer in writers:
           writer.write(row)
         progress.update(row)
-      if last or step % config.checkpoint.every == 0:
+      if due(config.checkpoint.every):
         for writer in writers:
           writer.sync()
         checkpoints.save(step, state, save_state(batches, identity))
-    for closing in (*writers, progress):
-      closing.close()
   return state
 
 
@@ -75,8 +79,12 @@ class _Clock:
     if self._step is not None:
       speed = (step - self._step) * self._tokens_per_step / (now - self._time)
     self._step, self._time = step, now
-    return {"step": step, **values, "tokens": step * self._tokens_per_step,
-            "tokens_per_second": speed}
+    return {
+      "step": step,
+      **values,
+      "tokens": step * self._tokens_per_step,
+      "tokens_per_second": speed,
+    }
 
   def restart(self, step: int) -> None:
     """Leaves the time since the last row, spent on evaluation, out of the next interval."""
@@ -93,11 +101,13 @@ def _restore_or_init(config, optimizer, checkpoints, batches, identity) -> tuple
   return state, step
 
 
-def _open_writers(config, workdir, first):
-  writers = [JsonLinesWriter(workdir, first)]
-  if config.log.tensorboard:
-    writers.append(TensorBoardWriter(workdir, first))
-  return writers
+def _check_finite(row: dict[str, Any]) -> None:
+  """Stops a run that has diverged, before it writes the row or a checkpoint of it."""
+  if not math.isfinite(row["loss"]):
+    raise UserError(
+      f"the loss is {row['loss']} at step {row['step']}: the run has diverged; lower"
+      " optimizer.learning_rate or optimizer.clip_norm and start in a new workdir"
+    )
 
 
 def _evaluate(evaluator: Evaluator, state: TrainState) -> dict[str, float]:

@@ -25,8 +25,13 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
   """Returns the optimiser; its updates are added to the parameters."""
   adamw = optax.adamw(
-    learning_rate_schedule(config, steps), b1=config.b1, b2=config.b2, eps=config.epsilon,
-    weight_decay=config.weight_decay, mask=decayed)
+    learning_rate_schedule(config, steps),
+    b1=config.b1,
+    b2=config.b2,
+    eps=config.epsilon,
+    weight_decay=config.weight_decay,
+    mask=decayed,
+  )
   if config.clip_norm == 0:
     return adamw
   return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
@@ -35,5 +40,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 def decayed(params: nnx.State) -> nnx.State:
   """Returns the tree of booleans: which parameters weight decay acts on."""
   return jax.tree.map(
-    lambda axes: not _NOT_DECAYED & set(axes), logical_axes(params),
-    is_leaf=lambda axes: isinstance(axes, tuple))
+    lambda axes: not _NOT_DECAYED & set(axes),
+    logical_axes(params),
+    is_leaf=lambda axes: isinstance(axes, tuple),
+  )

@@ -23,31 +23,43 @@ def write_json(path: Path, value: Any) -> None:
   os.replace(temporary, path)
 
 
-def open_run(workdir: Path, config: dict[str, Any]) -> None:
-  """Claims `workdir` for a config, or checks that it already belongs to it.
+def check_run(workdir: Path, config: dict[str, Any]) -> None:
+  """Checks, without writing, that `workdir` is free or belongs to a run of this config.
 
   Raises:
     UserError: the folder holds a run of another config (the first difference is named), or files
       that are not a run's.
   """
-  path = workdir / CONFIG_FILE
   if workdir.exists() and not workdir.is_dir():
     raise UserError(f"--workdir={workdir} is a file; expected a folder, for example {workdir}_run")
-  if path.exists():
-    difference = _difference(read_config(workdir), config)
+  if (workdir / CONFIG_FILE).exists():
+    difference = _difference(read_config(workdir), json.loads(json.dumps(config)))
     if difference:
-      raise UserError(f"--workdir={workdir} holds a run of another config ({difference}); give the"
-                      " same config to resume it, or another workdir")
-    return
-  if workdir.is_dir() and any(workdir.iterdir()) and not _only_leftovers(workdir):
-    raise UserError(f"--workdir={workdir} is not empty and holds no run; give a new folder, for"
-                    f" example {workdir / 'run'}")
+      raise UserError(
+        f"--workdir={workdir} holds a run of another config ({difference}); give the"
+        " same config to resume it, or another workdir"
+      )
+  elif workdir.is_dir() and any(workdir.iterdir()) and not _only_leftovers(workdir):
+    raise UserError(
+      f"--workdir={workdir} is not empty and holds no run; give a new folder, for"
+      f" example {workdir / 'run'}"
+    )
+
+
+def claim_run(workdir: Path, config: dict[str, Any]) -> None:
+  """Makes the run folder and writes its config, unless they are there.
+
+  Raises:
+    UserError: the folder cannot be written.
+  """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    write_json(path, config)
+    if not (workdir / CONFIG_FILE).exists():
+      write_json(workdir / CONFIG_FILE, config)
   except OSError as error:
-    raise UserError(f"--workdir={workdir} cannot be written ({error.strerror}); give a folder you"
-                    " may write to") from error
+    raise UserError(
+      f"--workdir={workdir} cannot be written ({error.strerror}); give a folder you may write to"
+    ) from error
 
 
 def read_config(workdir: Path) -> dict[str, Any]:
@@ -60,8 +72,9 @@ def read_config(workdir: Path) -> dict[str, Any]:
   try:
     return json.loads(path.read_text())
   except FileNotFoundError:
-    raise UserError(f"{workdir} holds no {CONFIG_FILE}; expected a folder made by moe-jax train"
-                    ) from None
+    raise UserError(
+      f"{workdir} holds no {CONFIG_FILE}; expected a folder made by moe-jax train"
+    ) from None
   except ValueError as error:
     raise UserError(f"{path} is damaged ({error}); give another workdir") from error
 

@@ -27,8 +27,13 @@ def token_nll(model, batch: Batch, **call: Any) -> tuple[jax.Array, ModelAux]:
     **call: passed to the model.
   """
   logits, aux = model(
-    batch["tokens"], token_mask=batch["segment_ids"] > 0, segment_ids=batch["segment_ids"],
-    positions=batch["positions"], return_aux=True, **call)
+    batch["tokens"],
+    token_mask=batch["segment_ids"] > 0,
+    segment_ids=batch["segment_ids"],
+    positions=batch["positions"],
+    return_aux=True,
+    **call,
+  )
   nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
   return jnp.sum(nll * batch["loss_mask"]), aux
 
@@ -52,8 +57,7 @@ def make_train_step(
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-    grads, metrics = _accumulate(
-      objective, state.params, batch, key, config.accumulation_steps)
+    grads, metrics = _accumulate(objective, state.params, batch, key, config.accumulation_steps)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = _step_metrics(metrics, moe_layers, config.accumulation_steps)

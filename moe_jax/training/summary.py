@@ -41,7 +41,10 @@ def summarize(
   speeds = [row["tokens_per_second"] for row in rows if row["tokens_per_second"] is not None]
   return {
     "parameters": {
-      "total": count.total, "active": count.active, "routed_experts": count.routed_experts},
+      "total": count.total,
+      "active": count.active,
+      "routed_experts": count.routed_experts,
+    },
     "flops_per_token": training_flops_per_token(config.model, config.data.sequence_length),
     "tokens_seen": last["tokens"],
     "eval": {
@@ -66,8 +69,9 @@ def sample(config: ExperimentConfig, data: PreparedData, model: Decoder) -> dict
   c, tokenizer = config.sample, data.tokenizer
   prompt = np.concatenate([[tokenizer.bos_id], tokenizer.encode(c.prompt)])[None]
   tokens = generate(
-    model, prompt, c.max_new_tokens, temperature=c.temperature, key=jax.random.key(config.seed))
-  text = tokenizer.decode(np.asarray(tokens)[0, prompt.shape[1]:])
+    model, prompt, c.max_new_tokens, temperature=c.temperature, key=jax.random.key(config.seed)
+  )
+  text = tokenizer.decode(np.asarray(tokens)[0, prompt.shape[1] :])
   return {"prompt": c.prompt, "text": text, "temperature": c.temperature}
 
 
@@ -83,31 +87,43 @@ def expert_tokens(
   @jax.jit
   def experts_of(params, batch):
     _, aux = nnx.merge(graph, params)(
-      batch["tokens"], token_mask=batch["segment_ids"] > 0, segment_ids=batch["segment_ids"],
-      positions=batch["positions"], return_aux=True)
+      batch["tokens"],
+      token_mask=batch["segment_ids"] > 0,
+      segment_ids=batch["segment_ids"],
+      positions=batch["positions"],
+      return_aux=True,
+    )
     return [(plan.expert, plan.valid, plan.token) for plan in aux.plans]
 
   routing = config.model.moe.routing
   counts = [ExpertTokenCounts(routing.num_experts, data.vocab_size) for _ in layers]
   for batch in eval_batches(data.heldout, config.batch_size):
     for count, (expert, valid, token) in zip(
-      counts, jax.device_get(experts_of(params, batch)), strict=True):
+      counts, jax.device_get(experts_of(params, batch)), strict=True
+    ):
       ids = np.take_along_axis(_grouped(batch["tokens"], expert.shape[0]), token, axis=1)
       count.add(ids, expert[..., None], valid)
   decode = lambda token: data.tokenizer.decode([token])
-  return [{"layer": layer, "experts": count.top_tokens(decode, _TOP_TOKENS)}
-          for layer, count in zip(layers, counts, strict=True)]
+  return [
+    {"layer": layer, "experts": count.top_tokens(decode, _TOP_TOKENS)}
+    for layer, count in zip(layers, counts, strict=True)
+  ]
 
 
 def environment() -> dict[str, str | None]:
   """Returns versions, device kind and the git commit of the working directory, if any."""
   git = subprocess.run(
-    ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
+    ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
+  )
   device = jax.devices()[0]
   return {
-    "jax": jax.__version__, "flax": metadata.version("flax"),
-    "python": platform.python_version(), "device": device.device_kind,
-    "devices": jax.device_count(), "commit": git.stdout.strip() or None}
+    "jax": jax.__version__,
+    "flax": metadata.version("flax"),
+    "python": platform.python_version(),
+    "device": device.device_kind,
+    "devices": jax.device_count(),
+    "commit": git.stdout.strip() or None,
+  }
 
 
 def _grouped(tokens_BL: np.ndarray, groups: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Where metrics go: metrics.jsonl always, TensorBoard on request, the terminal."""
 
+import importlib.util
 import json
 import os
 import sys
@@ -11,6 +12,7 @@ import rich.console
 import rich.progress
 
 from moe_jax.errors import UserError
+from moe_jax.training.config import LogConfig
 from moe_jax.training.run_folder import METRICS_FILE
 
 Row = dict[str, Any]
@@ -60,14 +62,12 @@ class TensorBoardWriter:
   """Writes the scalars of each row as TensorBoard events."""
 
   def __init__(self, workdir: Path, restored_step: int):
-    try:
-      import tensorboardX
-    except ImportError:
-      raise UserError("log.tensorboard = True needs tensorboardX; pip install"
-                      " 'moe_jax[tensorboard]', or set log.tensorboard = False") from None
+    import tensorboardX
+
     # Rows beyond the checkpoint are written again; purge_step hides the first ones.
     self._writer = tensorboardX.SummaryWriter(
-      str(workdir / "tensorboard"), purge_step=restored_step + 1)
+      str(workdir / "tensorboard"), purge_step=restored_step + 1
+    )
 
   def write(self, row: Row) -> None:
     """Writes every scalar of a row."""
@@ -84,6 +84,25 @@ class TensorBoardWriter:
     self._writer.close()
 
 
+def open_writers(
+  config: LogConfig, workdir: Path, restored_step: int
+) -> list[JsonLinesWriter | TensorBoardWriter]:
+  """Opens metrics.jsonl, and TensorBoard events if the config asks for them."""
+  writers = [JsonLinesWriter(workdir, restored_step)]
+  if config.tensorboard:
+    writers.append(TensorBoardWriter(workdir, restored_step))
+  return writers
+
+
+def check_writers(config: LogConfig) -> None:
+  """Raises UserError if a writer that the config asks for is not installed."""
+  if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+    raise UserError(
+      "config.log.tensorboard = True needs tensorboardX; pip install"
+      " 'moe_jax[tensorboard]', or set it to False"
+    )
+
+
 class Progress:
   """Shows a run: a bar with ETA and losses on a terminal, one line every few seconds elsewhere."""
 
@@ -96,10 +115,15 @@ class Progress:
     self._bar = self._task = None
     if self._console.is_terminal:
       self._bar = rich.progress.Progress(
-        rich.progress.TextColumn("{task.description}"), rich.progress.BarColumn(bar_width=None),
-        rich.progress.MofNCompleteColumn(), rich.progress.TimeElapsedColumn(),
-        rich.progress.TextColumn("left"), rich.progress.TimeRemainingColumn(elapsed_when_finished=False),
-        rich.progress.TextColumn("{task.fields[losses]}"), console=self._console)
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(bar_width=None),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TextColumn("left"),
+        rich.progress.TimeRemainingColumn(elapsed_when_finished=False),
+        rich.progress.TextColumn("{task.fields[losses]}"),
+        console=self._console,
+      )
       self._task = self._bar.add_task(title, total=steps, completed=first_step, losses="")
       self._bar.start()
 

@@ -7,7 +7,6 @@ vocabulary.
 import math
 
 import numpy as np
-
 from oracles import losses, moe, routing
 
 

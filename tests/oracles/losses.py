@@ -7,7 +7,6 @@ choices count.
 import math
 
 import numpy as np
-
 from oracles import routing
 
 

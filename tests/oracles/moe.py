@@ -8,7 +8,6 @@ An expert is a dict of matrices: {"wi": (D, F), "wo": (F, D)} for the plain one,
 import math
 
 import numpy as np
-
 from oracles import routing
 
 

@@ -5,7 +5,6 @@ import re
 
 import numpy as np
 import pytest
-
 from oracles import losses, metrics, routing
 
 FIXTURES = pathlib.Path(__file__).parents[1] / "fixtures" / "gating"

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from oracles import hand_cases, losses, metrics, routing
 
 # Expected entropies and the padded z-loss are written with six decimals.

@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-
 from oracles import language_model
 
 # Float64 sums of a few dozen terms around 1.

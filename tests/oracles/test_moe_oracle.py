@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-
 from oracles import finite_differences, moe, routing
 
 # Central differences of O(1) values in float64 are good to about 1e-9.

@@ -1,0 +1,3 @@
+"""Whole models are compiled here: without most optimisations that takes half the time."""
+
+from fast_compilation import compile_fast  # noqa: F401

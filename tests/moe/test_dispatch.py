@@ -1,0 +1,54 @@
+"""Rows of experts hold the tokens of the plan in its order, and zeros elsewhere."""
+
+import jax
+import numpy as np
+import pytest
+from comparison import draw_logits
+from moe.compiled import routed
+
+from moe_jax.errors import UserError
+from moe_jax.moe import Dispatch, RoutingConfig, get_dispatcher
+
+G, S, D, E, K, C = 2, 6, 3, 4, 2, 2
+MASK = np.arange(S) < np.array([[6], [4]])
+
+
+def plan_and_tokens():
+  config = RoutingConfig(num_experts=E, top_k=K, capacity=C)
+  x = jax.random.normal(jax.random.key(0), (G, S, D))
+  return routed(draw_logits(0, (G, S, E)), config, mask=MASK), x
+
+
+def assignments(plan):
+  """Yields (group, token, expert, slot) of every assignment that has a slot."""
+  for group, token, expert, slot in np.argwhere(np.asarray(plan.dispatch_mask())):
+    yield int(group), int(token), int(expert), int(slot)
+
+
+@pytest.mark.parametrize("form", [Dispatch.EINSUM, Dispatch.GATHER])
+def test_a_slot_holds_its_token_or_zeros(form):
+  plan, x = plan_and_tokens()
+  expected = np.zeros((E, G, C, D), np.float32)
+  for group, token, expert, slot in assignments(plan):
+    expected[expert, group, slot] = x[group, token]
+  assert not np.all(np.any(expected, axis=-1)), "no slot is empty"
+  rows = get_dispatcher(form).dispatch(x, plan).rows
+  np.testing.assert_array_equal(rows.reshape(E, G, C, D), expected)
+
+
+def test_ragged_rows_are_sorted_by_expert_with_zeros_behind():
+  plan, x = plan_and_tokens()
+  ragged = get_dispatcher(Dispatch.RAGGED).dispatch(x, plan)
+  per_expert = [[], [], [], []]
+  for group, token, expert, _ in assignments(plan):
+    per_expert[expert].append(np.asarray(x[group, token]))
+  assert ragged.group_sizes.tolist() == [len(tokens) for tokens in per_expert]
+  served = sum(per_expert, start=[])
+  np.testing.assert_array_equal(ragged.rows[: len(served)], served)
+  assert ragged.rows.shape == (G * S * K, D)
+  assert not np.any(ragged.rows[len(served) :])
+
+
+def test_an_unknown_form_is_refused():
+  with pytest.raises(UserError, match=r"dispatch = 'scatter'.*einsum, gather, ragged"):
+    get_dispatcher("scatter")

@@ -1,0 +1,90 @@
+"""Every fault of a training command is one line on stderr, exit status 2, and nothing written."""
+
+import pytest
+from training import tiny
+
+from moe_jax.cli import main
+
+FAULTS = [
+  (["--config.moe.num_expert=4"], ["num_expert", "num_experts"]),
+  (["config.steps=3"], ["config.steps=3", "--config.steps=3"]),
+  (["--config.moe.num_experts=0"], ["num_experts = 0", "at least 1"]),
+  (["--config.moe.top_k=9"], ["top_k = 9", "num_experts = 4"]),
+  (["--config.moe.top_k=0"], ["top_k = 0", "between 1 and"]),
+  (["--config.moe.capacity_factor=-1.0"], ["capacity_factor = -1.0", "greater than 0"]),
+  (["--config.moe.weighting=renormalized"], ["renormalized", "top_k = 1", "raw"]),
+  (["--config.moe.weighting=rawish"], ["rawish", "raw"]),
+  (["--config.moe.dispatch=scatter"], ["scatter", "gather"]),
+  (["--config.moe.grouping=fixed"], ["group_size"]),
+  (["--config.moe.capacity=0"], ["capacity = 0"]),
+  (["--config.steps=0"], ["steps = 0", "at least 1"]),
+  (["--config.steps=abc"], ["steps", "abc"]),
+  (["--config.steps=2.5"], ["steps", "2.5"]),
+  (["--config.accumulation_steps=3"], ["accumulation_steps = 3", "batch_size = 4"]),
+  (["--config.batch_size=1000000"], ["batch_size", "1000000"]),
+  (["--config.model.segments=(('attention:dens',2),)"], ["attention:dens", "attention:dense"]),
+  (["--config.model.num_kv_heads=3"], ["num_kv_heads = 3"]),
+  (["--config.model.dtype=float16"], ["float16", "bfloat16"]),
+  (["--config.data.tokenizer=byte"], ["byte", "bytes"]),
+  (["--config.data.corpus=sotu"], ["sotu", "sotu_1790_1870"]),
+  (["--config.data.sequence_length=1"], ["sequence_length"]),
+  (["--workdr=x"], ["workdr", "workdir"]),
+]
+
+
+@pytest.mark.parametrize("words, fragments", FAULTS, ids=lambda value: str(value[0]))
+def test_fault_is_one_line_and_writes_nothing(tmp_path, capsys, words, fragments):
+  workdir = tmp_path / "run"
+  assert main(tiny.command(workdir) + words) == 2
+  message = capsys.readouterr().err
+  assert message.count("\n") == 1, message
+  assert message.startswith("moe-jax: error: ")
+  for fragment in fragments:
+    assert fragment in message
+  assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+  "config, fragments",
+  [
+    ("missing.py", ["missing.py"]),
+    ("configs/quickstrt.py", ["quickstart.py"]),
+    ("configs/quickstart.py:dens", ["dens", "moe or dense"]),
+  ],
+)
+def test_wrong_config_file_is_one_line(tmp_path, capsys, monkeypatch, config, fragments):
+  monkeypatch.chdir(tiny.ROOT)
+  assert main(["train", f"--config={config}", f"--workdir={tmp_path / 'run'}"]) == 2
+  message = capsys.readouterr().err
+  assert message.count("\n") == 1
+  for fragment in fragments:
+    assert fragment in message
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("make", ["file", "foreign", "damaged"])
+def test_unfit_workdir_is_refused_and_left_alone(tmp_path, capsys, make):
+  workdir = tmp_path / "place"
+  if make == "file":
+    workdir.write_text("mine")
+  else:
+    workdir.mkdir()
+    (workdir / ("config.json" if make == "damaged" else "thesis.tex")).write_text("{mine")
+  assert main(tiny.command(workdir)) == 2
+  message = capsys.readouterr().err
+  assert message.count("\n") == 1 and str(workdir) in message
+  kept = workdir if make == "file" else next(workdir.iterdir())
+  assert kept.read_text() in ("mine", "{mine")
+
+
+def test_diverged_run_stops_with_one_sentence(tmp_path, capsys):
+  words = tiny.command(
+    tmp_path / "run",
+    steps=6,
+    optimizer__learning_rate=1e30,
+    optimizer__warmup_steps=0,
+    optimizer__clip_norm=0.0,
+  )
+  assert main(words) == 2
+  assert "diverged" in capsys.readouterr().err
+  assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()

@@ -1,0 +1,146 @@
+"""A run that was killed and started again equals one that was not, bit for bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from training import tiny
+
+from moe_jax.cli import main
+from moe_jax.training.commands import load_run
+
+WALL_CLOCK = {"tokens_per_second"}
+
+
+def rows(workdir) -> list[dict]:
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [{k: v for k, v in json.loads(line).items() if k not in WALL_CLOCK} for line in lines]
+
+
+def assert_same_run(a, b):
+  assert rows(a) == rows(b)
+  assert [row["step"] for row in rows(a)] == sorted({row["step"] for row in rows(a)})
+  (_, step_a, params_a), (_, step_b, params_b) = load_run(a), load_run(b)
+  assert step_a == step_b
+  for x, y in zip(jax.tree.leaves(params_a), jax.tree.leaves(params_b), strict=True):
+    np.testing.assert_array_equal(x, y)
+  summaries = [json.loads((d / "summary.json").read_text()) for d in (a, b)]
+  for summary in summaries:
+    del summary["wall_seconds"], summary["tokens_per_second"]
+  assert summaries[0] == summaries[1]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("runs") / "whole"
+  assert main(tiny.command(workdir, steps=40, eval__every=20, checkpoint__every=10)) == 0
+  return workdir
+
+
+def start(workdir) -> subprocess.Popen:
+  command = tiny.command(workdir, steps=40, eval__every=20, checkpoint__every=10)
+  environment = dict(os.environ, JAX_PLATFORMS="cpu")
+  return subprocess.Popen(
+    [sys.executable, "-m", "moe_jax.cli", *command],
+    cwd=tiny.ROOT,
+    env=environment,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+  )
+
+
+def wait_for_rows(process, workdir, count: int) -> None:
+  """Returns once metrics.jsonl has `count` rows, or the run is over."""
+  path = workdir / "metrics.jsonl"
+  while process.poll() is None:
+    if path.exists() and path.read_text().count("\n") >= count:
+      return
+    time.sleep(0.01)
+
+
+def test_killed_at_several_moments_and_resumed_equals_an_uninterrupted_run(whole_run, tmp_path):
+  workdir = tmp_path / "killed"
+  # Before the first checkpoint, just after one (its save may be under way), and between two.
+  for count in (4, 10, 33):
+    process = start(workdir)
+    wait_for_rows(process, workdir, count)
+    time.sleep(random.Random(count).uniform(0, 0.05))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+  process = start(workdir)
+  assert process.wait() == 0
+  assert_same_run(workdir, whole_run)
+
+
+def test_a_finished_run_started_again_changes_nothing(whole_run, capsys):
+  before = (whole_run / "metrics.jsonl").read_bytes()
+  assert main(tiny.command(whole_run, steps=40, eval__every=20, checkpoint__every=10)) == 0
+  assert (whole_run / "metrics.jsonl").read_bytes() == before
+  assert "held-out bits per byte" in capsys.readouterr().out
+
+
+def test_a_run_of_another_config_is_refused_and_left_alone(whole_run, capsys):
+  before = {p: p.read_bytes() for p in whole_run.iterdir() if p.is_file()}
+  assert main(tiny.command(whole_run, steps=41, eval__every=20, checkpoint__every=10)) == 2
+  message = capsys.readouterr().err
+  assert "config.steps is 40 there and 41 here" in message
+  assert message.count("\n") == 1
+  assert before == {p: p.read_bytes() for p in whole_run.iterdir() if p.is_file()}
+
+
+def test_rows_beyond_the_checkpoint_and_a_torn_line_are_cut(tmp_path):
+  from moe_jax.training.writers import cut_after
+
+  path = tmp_path / "metrics.jsonl"
+  path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+  cut_after(path, 2)
+  assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+  cut_after(tmp_path / "absent.jsonl", 2)
+
+
+def test_eval_and_generate_and_report_read_a_run(whole_run, capsys):
+  assert main(["eval", f"--workdir={whole_run}"]) == 0
+  shown = capsys.readouterr().out
+  final = rows(whole_run)[-1]
+  assert f"{final['eval_loss']:.4f} nats per token" in shown
+  assert f"{final['eval_loss_at_capacity']:.4f} nats per token" in shown
+  assert main(["eval", f"--workdir={whole_run}", "--step=30"]) == 0
+  assert "at step 30" in capsys.readouterr().out
+  generate = ["generate", f"--workdir={whole_run}", "--prompt=Fellow", "--max_new_tokens=5"]
+  assert main(generate) == 0
+  first = capsys.readouterr().out
+  assert first.startswith("Fellow")
+  assert main(generate) == 0
+  assert capsys.readouterr().out == first
+  assert main(["report", f"--workdir={whole_run}"]) == 0
+  assert (whole_run / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+  "argv, fragments",
+  [
+    (["eval", "--workdir={run}", "--step=7"], ["no step 7", "nearest is"]),
+    (["eval", "--workdir={empty}"], ["holds no config.json"]),
+    (["generate", "--workdir={run}", "--prompt=a", "--temperature=-1"], ["temperature"]),
+  ],
+)
+def test_commands_on_a_wrong_run_are_one_line(whole_run, tmp_path, capsys, argv, fragments):
+  words = [word.format(run=whole_run, empty=tmp_path) for word in argv]
+  assert main(words) == 2
+  message = capsys.readouterr().err
+  assert message.count("\n") == 1
+  for fragment in fragments:
+    assert fragment in message
+
+
+def test_tensorboard_events_are_written_on_request(tmp_path):
+  assert main(tiny.command(tmp_path / "run", steps=2, log__tensorboard="true")) == 0
+  events = list((tmp_path / "run" / "tensorboard").iterdir())
+  assert events and events[0].stat().st_size > 100

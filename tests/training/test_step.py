@@ -1,0 +1,220 @@
+"""One optimiser step: what it minimises, what it logs, what accumulation and seeds change."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from comparison import relative_error
+from flax import nnx
+from training import tiny
+
+from moe_jax.data.packing import FIELDS
+from moe_jax.moe import preset
+from moe_jax.training.optimizer import decayed, learning_rate_schedule, make_optimizer
+from moe_jax.training.state import init_state
+from moe_jax.training.step import make_eval_step, make_train_step
+
+
+def make_batch(seed: int = 0, rows: int = 4, length: int = 32) -> dict[str, np.ndarray]:
+  """Random tokens in two documents a row, the last five positions padding."""
+  rng = np.random.default_rng(seed)
+  steps = np.arange(length)
+  segment = np.where(steps < 12, 1, 2) * (steps < length - 5)
+  batch = {
+    "tokens": rng.integers(3, 259, (rows, length)),
+    "targets": rng.integers(3, 259, (rows, length)),
+    "segment_ids": np.tile(segment, (rows, 1)),
+    "positions": np.tile(np.where(steps < 12, steps, steps - 12), (rows, 1)),
+    "loss_mask": np.tile((segment > 0) & (steps != 11), (rows, 1)),
+  }
+  assert set(batch) == set(FIELDS)
+  return {name: value.astype(np.int32) for name, value in batch.items()}
+
+
+def one_step(config, batch, steps: int = 1):
+  optimizer = make_optimizer(config.optimizer, config.steps)
+  state = init_state(config.model, optimizer, config.seed)
+  step = make_train_step(config, optimizer)
+  for _ in range(steps):
+    state, metrics = step(state, batch)
+  return state, jax.device_get(metrics)
+
+
+def leaves(params: nnx.State) -> list[np.ndarray]:
+  return [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
+
+
+def test_first_loss_is_that_of_a_uniform_guess():
+  # Small initial weights (init_scale 0.1) leave the logits of the head near unit variance, which
+  # adds about half a nat to ln V.
+  _, metrics = one_step(tiny.experiment(), make_batch())
+  assert math.log(259) - 0.1 < metrics["loss"] < math.log(259) + 1.0
+
+
+@pytest.mark.parametrize("variant", ["moe", "dense"])
+def test_a_batch_is_learnt_by_heart(variant):
+  config = tiny.experiment(variant, steps=60, optimizer__learning_rate=1e-2)
+  _, metrics = one_step(config, make_batch(), steps=60)
+  assert metrics["loss"] < 3.0
+
+
+def test_accumulation_changes_nothing_for_a_dense_model():
+  config = tiny.experiment("dense")
+  whole, whole_metrics = one_step(config, make_batch())
+  cut, cut_metrics = one_step(dataclasses.replace(config, accumulation_steps=4), make_batch())
+  assert relative_error(cut_metrics["loss"], whole_metrics["loss"]) < 1e-6
+  assert relative_error(cut_metrics["grad_norm"], whole_metrics["grad_norm"]) < 1e-5
+  # Adam divides by the gradient's size, so a rounding of a tiny gradient is amplified.
+  for a, b in zip(leaves(cut.params), leaves(whole.params), strict=True):
+    assert relative_error(a, b) < 1e-4
+
+
+def test_accumulation_weighs_microbatches_by_their_targets():
+  batch = make_batch()
+  batch["loss_mask"][:2, 5:] = 0
+  config = tiny.experiment("dense")
+  _, whole = one_step(config, batch)
+  _, cut = one_step(dataclasses.replace(config, accumulation_steps=2), batch)
+  assert relative_error(cut["loss"], whole["loss"]) < 1e-6
+  assert relative_error(cut["grad_norm"], whole["grad_norm"]) < 1e-5
+
+
+def test_accumulated_load_is_that_of_the_whole_batch():
+  config = tiny.experiment()
+  _, whole = one_step(config, make_batch())
+  _, cut = one_step(dataclasses.replace(config, accumulation_steps=2), make_batch())
+  for layer in config.model.moe_layers():
+    name = f"moe/layer_{layer}/load"
+    assert relative_error(cut[name], whole[name]) < 1e-6
+    assert (
+      relative_error(
+        cut[f"moe/layer_{layer}/max_violation"], whole[f"moe/layer_{layer}/max_violation"]
+      )
+      < 1e-5
+    )
+
+
+def test_padding_has_no_influence():
+  batch, other = make_batch(), make_batch()
+  padding = batch["segment_ids"] == 0
+  for name in ("tokens", "targets"):
+    other[name] = np.where(padding, 77, other[name])
+  a, a_metrics = one_step(tiny.experiment(), batch)
+  b, b_metrics = one_step(tiny.experiment(), other)
+  assert a_metrics["loss"] == b_metrics["loss"]
+  # The embedding of the token that padding holds gets no gradient either.
+  for x, y in zip(leaves(a.params), leaves(b.params), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+def test_auxiliary_losses_move_the_router_and_are_logged_apart():
+  batch = make_batch()
+  with_loss, metrics = one_step(tiny.experiment(), batch)
+  without, metrics_without = one_step(tiny.experiment(moe__balance_loss_weight=0.0), batch)
+  assert metrics["loss"] == metrics_without["loss"]
+  assert metrics["aux_loss"] == metrics_without["aux_loss"] > 0.9
+  assert metrics["z_loss"] > 0
+  routers = [
+    np.asarray(state.params["segments"][0]["blocks"][1]["feed_forward"]["router"]["kernel"][...])
+    for state in (with_loss, without)
+  ]
+  assert relative_error(*routers) > 1e-3
+
+
+def test_metrics_have_the_documented_names():
+  config = tiny.experiment()
+  _, metrics = one_step(config, make_batch())
+  expected = {"loss", "aux_loss", "z_loss", "grad_norm", "learning_rate"}
+  router = {"dropped_fraction", "max_violation", "load_entropy", "dead_experts"}
+  expected |= {f"moe/{name}" for name in router}
+  for layer in (1, 3):
+    expected |= {f"moe/layer_{layer}/{name}" for name in router | {"load"}}
+  assert expected <= set(metrics)
+  assert not [name for name in metrics if name.startswith(("moe/layer_0", "moe/layer_2"))]
+  _, dense = one_step(tiny.experiment("dense"), make_batch())
+  assert set(dense) == {"loss", "grad_norm", "learning_rate"}
+
+
+def test_model_metric_is_the_mean_over_layers():
+  _, metrics = one_step(tiny.experiment(), make_batch())
+  layers = [metrics[f"moe/layer_{i}/max_violation"] for i in (1, 3)]
+  assert relative_error(metrics["moe/max_violation"], np.mean(layers)) < 1e-6
+
+
+def test_same_seed_same_step_bit_for_bit():
+  config = tiny.experiment(model__dropout=0.1, moe__router_jitter=0.01, moe__expert_dropout=0.2)
+  a, _ = one_step(config, make_batch(), steps=2)
+  b, _ = one_step(config, make_batch(), steps=2)
+  c, _ = one_step(dataclasses.replace(config, seed=1), make_batch(), steps=2)
+  for x, y in zip(leaves(a.params), leaves(b.params), strict=True):
+    np.testing.assert_array_equal(x, y)
+  assert any((x != y).any() for x, y in zip(leaves(a.params), leaves(c.params), strict=True))
+
+
+def test_every_trainable_preset_trains_through_the_whole_step():
+  for name in ("switch", "gshard", "glam", "mixtral"):
+    routing = preset(name, num_experts=4)
+    config = tiny.experiment()
+    moe = dataclasses.replace(config.model.moe, routing=routing)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
+    before = init_state(config.model, make_optimizer(config.optimizer, config.steps), config.seed)
+    after, metrics = one_step(config, make_batch(), steps=2)
+    assert np.isfinite(metrics["loss"])
+    kernel = lambda s: np.asarray(
+      s.params["segments"][0]["blocks"][1]["feed_forward"]["router"]["kernel"][...]
+    )
+    assert (kernel(before) != kernel(after)).any()
+
+
+def test_norms_are_not_decayed_and_matrices_are():
+  params = init_state(
+    tiny.experiment().model, make_optimizer(tiny.experiment().optimizer, 5), 0
+  ).params
+  flags = jax.tree_util.tree_leaves_with_path(decayed(params))
+  norms = {bool(flag) for path, flag in flags if "norm" in jax.tree_util.keystr(path)}
+  others = {bool(flag) for path, flag in flags if "norm" not in jax.tree_util.keystr(path)}
+  assert norms == {False}
+  assert others == {True}
+
+
+def test_schedule_warms_up_linearly_and_ends_at_its_final_fraction():
+  c = tiny.experiment(
+    optimizer__warmup_steps=10, optimizer__learning_rate=0.5, optimizer__final_fraction=0.2
+  ).optimizer
+  rate = learning_rate_schedule(c, 110)
+  assert rate(0) == 0.0
+  assert rate(5) == pytest.approx(0.25)
+  assert rate(10) == pytest.approx(0.5)
+  assert rate(60) == pytest.approx(0.1 + 0.4 * 0.5)
+  assert rate(110) == pytest.approx(0.1)
+
+
+def test_clipping_bounds_the_update_but_not_the_logged_norm():
+  loose, loose_metrics = one_step(tiny.experiment(optimizer__clip_norm=0.0), make_batch())
+  tight, tight_metrics = one_step(tiny.experiment(optimizer__clip_norm=1e-6), make_batch())
+  assert loose_metrics["grad_norm"] == tight_metrics["grad_norm"] > 1e-3
+
+
+def test_eval_step_sums_over_targets_only():
+  config = tiny.experiment("dense")
+  params = init_state(config.model, make_optimizer(config.optimizer, 5), 0).params
+  step = make_eval_step(config.model)
+  batch = make_batch()
+  whole = step(params, batch)
+  assert whole["targets"] == batch["loss_mask"].sum()
+  halves = [step(params, {k: v[i : i + 2] for k, v in batch.items()}) for i in (0, 2)]
+  assert relative_error(sum(h["nll"] for h in halves), whole["nll"]) < 1e-6
+  empty = {name: np.zeros_like(value) for name, value in batch.items()}
+  assert step(params, empty)["nll"] == 0.0
+
+
+def test_bfloat16_activations_keep_parameters_in_float32():
+  config = tiny.experiment(model__dtype="bfloat16")
+  state, metrics = one_step(config, make_batch())
+  assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+  _, exact = one_step(tiny.experiment(), make_batch())
+  # bfloat16 has 8 bits of mantissa: relative errors of 2^-8 on activations.
+  assert relative_error(metrics["loss"], exact["loss"]) < 1e-2

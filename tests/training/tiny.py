@@ -1,0 +1,52 @@
+"""A run that trains in a second: the quickstart's config with everything small."""
+
+import runpy
+from pathlib import Path
+
+from moe_jax.training.config import ExperimentConfig, experiment_from
+
+ROOT = Path(__file__).parents[2]
+
+OVERRIDES = {
+  "steps": 6,
+  "batch_size": 4,
+  "data.sequence_length": 32,
+  "model.model_dim": 16,
+  "model.num_heads": 2,
+  "model.num_kv_heads": 1,
+  "model.head_dim": 8,
+  "model.mlp.hidden_dim": 32,
+  "optimizer.warmup_steps": 2,
+  "eval.every": 3,
+  "eval.batch_size": 512,
+  "checkpoint.every": 2,
+  "log.every": 1,
+  "sample.max_new_tokens": 8,
+}
+MOE_OVERRIDES = {"moe.hidden_dim": 32, "moe.num_experts": 4}
+
+
+def mapping(variant: str = "moe", **overrides) -> dict:
+  """Returns the quickstart's mapping with the tiny overrides and then `overrides` (dots as __)."""
+  config = runpy.run_path(str(ROOT / "configs/quickstart.py"))["get_config"](variant)
+  chosen = {**OVERRIDES, **(MOE_OVERRIDES if variant == "moe" else {})}
+  chosen |= {name.replace("__", "."): value for name, value in overrides.items()}
+  config.update_from_flattened_dict(chosen)
+  return config.to_dict()
+
+
+def experiment(variant: str = "moe", **overrides) -> ExperimentConfig:
+  """Returns the tiny experiment."""
+  return experiment_from(mapping(variant, **overrides))
+
+
+def command(workdir, variant: str = "moe", **overrides) -> list[str]:
+  """Returns the words of a `moe-jax train` command line for the tiny run."""
+  chosen = {**OVERRIDES, **(MOE_OVERRIDES if variant == "moe" else {})}
+  chosen |= {name.replace("__", "."): value for name, value in overrides.items()}
+  return [
+    "train",
+    f"--config={ROOT / 'configs/quickstart.py'}:{variant}",
+    f"--workdir={workdir}",
+    *(f"--config.{name}={value}" for name, value in chosen.items()),
+  ]
