@@ -165,7 +165,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     metavar="A,B",
     help=f"which of {', '.join(Dispatch)} (default: all)",
   )
-  parser.add_argument("--rounds", type=_positive, default=7, help="interleaved rounds (default: 7)")
+  parser.add_argument("--rounds", type=_positive, default=5, help="interleaved rounds (default: 5)")
   parser.add_argument(
     "--clock",
     type=timing.Clock,
