@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.choices import as_choice
+from moe_jax.moe.moves import Moves, collect, make_moves, spread
 from moe_jax.moe.types import RoutingPlan
 
 
@@ -81,41 +82,32 @@ class GatherDispatcher:
   """Index tensors: each slot looks its token up, each token looks its slots up."""
 
   def dispatch(self, x: jax.Array, plan: RoutingPlan) -> SlottedRows:
-    G, S, D = x.shape
-    E, C = plan.num_experts, plan.capacity
-    slot_GN = _flat_slot(plan)
-    token_GN = plan.token + S * jnp.arange(G, dtype=jnp.int32)[:, None]
-    # An empty slot points one past the last token and reads zeros.
-    source = jnp.full((E * G * C,), G * S, jnp.int32).at[slot_GN.reshape(-1)].set(
-      token_GN.reshape(-1), mode="drop", unique_indices=True)
-    rows = x.reshape(G * S, D).at[source].get(mode="fill", fill_value=0)
-    return SlottedRows(rows.reshape(E, G * C, D))
+    E, D = plan.num_experts, x.shape[-1]
+    return SlottedRows(spread(x.reshape(-1, D), _slot_moves(plan)).reshape(E, -1, D))
 
   def combine(self, rows: SlottedRows, plan: RoutingPlan) -> jax.Array:
-    flat = rows.rows.reshape(-1, rows.rows.shape[-1])
-    taken_GND = flat.at[_flat_slot(plan)].get(mode="fill", fill_value=0)
-    return _weighted_sum(taken_GND, plan)
+    G, D = plan.token.shape[0], rows.rows.shape[-1]
+    flat = rows.rows.reshape(-1, D)
+    return collect(flat, plan.weight.reshape(-1), _slot_moves(plan)).reshape(G, -1, D)
 
 
 class RaggedDispatcher:
   """Assignments sorted by expert, without buffers (MegaBlocks, arXiv 2211.15841 section 4)."""
 
   def dispatch(self, x: jax.Array, plan: RoutingPlan) -> RaggedRows:
-    G, S, D = x.shape
-    E, N = plan.num_experts, plan.expert.shape[1]
+    E, D = plan.num_experts, x.shape[-1]
     # An assignment without a slot sorts behind all experts, where no group reaches it.
     expert = jnp.where(plan.valid, plan.expert, E).reshape(-1)
     order = jnp.argsort(expert, stable=True)
     position = jnp.zeros_like(order).at[order].set(
-      jnp.arange(G * N, dtype=order.dtype), unique_indices=True)
-    token = (plan.token + S * jnp.arange(G, dtype=jnp.int32)[:, None]).reshape(-1)
-    served = expert[order] < E
-    rows = jnp.where(served[:, None], x.reshape(G * S, D)[token[order]], 0)
-    return RaggedRows(rows, jnp.bincount(expert, length=E).astype(jnp.int32),
-                      position.reshape(G, N))
+      jnp.arange(order.size, dtype=order.dtype), unique_indices=True).reshape(plan.expert.shape)
+    rows = spread(x.reshape(-1, D), make_moves(plan, position, order.size))
+    return RaggedRows(rows, jnp.bincount(expert, length=E).astype(jnp.int32), position)
 
   def combine(self, rows: RaggedRows, plan: RoutingPlan) -> jax.Array:
-    return _weighted_sum(rows.rows[rows.position], plan)
+    G, D = plan.token.shape[0], rows.rows.shape[-1]
+    moves = make_moves(plan, rows.position, rows.rows.shape[0])
+    return collect(rows.rows, plan.weight.reshape(-1), moves).reshape(G, -1, D)
 
 
 _DISPATCHERS = {
@@ -135,21 +127,8 @@ def _by_group(rows_END: jax.Array, plan: RoutingPlan) -> jax.Array:
   return rows_END.reshape(plan.num_experts, -1, plan.capacity, rows_END.shape[-1])
 
 
-def _flat_slot(plan: RoutingPlan) -> jax.Array:
-  """Returns (G, N) int32 indices into the rows of all experts; out of range where not valid."""
+def _slot_moves(plan: RoutingPlan) -> Moves:
+  """Returns the moves into slots, flattened as (E, G, C)."""
   G, C = plan.expert.shape[0], plan.capacity
-  group_GN = jnp.arange(G, dtype=jnp.int32)[:, None]
-  slot_GN = (plan.expert * G + group_GN) * C + plan.slot
-  # Distinct out-of-range values keep the promise of unique indices.
-  beyond_GN = plan.num_experts * G * C + jnp.arange(plan.expert.size, dtype=jnp.int32).reshape(
-    plan.expert.shape)
-  return jnp.where(plan.valid, slot_GN, beyond_GN)
-
-
-def _weighted_sum(taken_GND: jax.Array, plan: RoutingPlan) -> jax.Array:
-  """Sums each token's weighted rows in float32 and returns (G, S, D) in the rows' dtype."""
-  G, _, D = taken_GND.shape
-  weighted_GND = taken_GND.astype(jnp.float32) * plan.weight[..., None]
-  groups_GN = jnp.arange(G)[:, None]
-  y = jnp.zeros((G, plan.num_tokens, D), jnp.float32).at[groups_GN, plan.token].add(weighted_GND)
-  return y.astype(taken_GND.dtype)
+  slot_GN = (plan.expert * G + jnp.arange(G, dtype=jnp.int32)[:, None]) * C + plan.slot
+  return make_moves(plan, slot_GN, plan.num_experts * G * C)

@@ -17,13 +17,13 @@ RowFunction = Callable[[jax.Array, Any, jax.Array | None], jax.Array]
 
 
 def block_rows(num_rows: int, num_experts: int) -> int:
-  """Returns rows per block: about the mean load, a power of two between 8 and 256.
+  """Returns rows per block: a quarter of the mean load, a power of two between 32 and 256.
 
-  A larger block wastes work on an expert's last, partly filled block; a smaller one makes slow,
-  thin products.
+  A larger block wastes work on an expert's last, partly filled block; a smaller one makes thin
+  products and reads the expert's weights more often.
   """
-  mean = max(1, num_rows // num_experts)
-  return min(256, max(8, 1 << (mean.bit_length() - 1)))
+  quarter = max(1, num_rows // (4 * num_experts))
+  return min(256, max(32, 1 << (quarter.bit_length() - 1)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -34,7 +34,7 @@ def grouped_apply(
 
   Args:
     fn: maps rows of one expert to rows of the same width, each row on its own.
-    block: rows handled at a time, see `block_rows`.
+    block: rows handled at a time, see `block_rows`; all rows if there are fewer.
     rows: (N, D), sorted by expert.
     group_sizes: (E,) int32, sums to at most N.
     weights: a pytree of floating arrays whose leaves have a leading axis E.
@@ -48,24 +48,20 @@ def grouped_apply(
 
 
 def _forward(fn, block, rows, group_sizes, weights, keys):
-  N, D = rows.shape
-  padded = jnp.pad(rows, ((0, block), (0, 0)))
+  block = min(block, rows.shape[0])
 
   def expert(out, per_expert):
     start, size, w, key = per_expert
 
     def step(i, out):
-      at = start + i * block
-      x = jax.lax.dynamic_slice_in_dim(padded, at, block)
-      y = fn(x, w, _block_key(key, i))
-      # What this block writes beyond its group, the next expert overwrites or the mask clears.
-      return jax.lax.dynamic_update_slice_in_dim(out, y.astype(out.dtype), at, axis=0)
+      at, mine = _block(start, size, i, block, rows.shape[0])
+      y = fn(_read(rows, at, block), w, _block_key(key, i))
+      return _write(out, y, at, mine)
 
     return jax.lax.fori_loop(0, _num_blocks(size, block), step, out), None
 
-  out, _ = jax.lax.scan(expert, jnp.zeros_like(padded), _per_expert(group_sizes, weights, keys))
-  served = jnp.arange(N) < jnp.sum(group_sizes)
-  return jnp.where(served[:, None], out[:N], 0)
+  out, _ = jax.lax.scan(expert, jnp.zeros_like(rows), _per_expert(group_sizes, weights, keys))
+  return out
 
 
 def _save(fn, block, rows, group_sizes, weights, keys):
@@ -75,33 +71,29 @@ def _save(fn, block, rows, group_sizes, weights, keys):
 
 def _backward(fn, block, saved, dout):
   rows, group_sizes, weights, keys = saved
-  N, _ = rows.shape
-  pad = lambda a: jnp.pad(a, ((0, block), (0, 0)))
-  padded, dpadded = pad(rows), pad(dout)
+  block = min(block, rows.shape[0])
 
   def expert(drows, per_expert):
     start, size, w, key = per_expert
 
     def step(i, carry):
       drows, dw = carry
-      at = start + i * block
-      mine = (i * block + jnp.arange(block) < size)[:, None]
-      # The next expert's rows too are cleared: 0 * inf would put a NaN into this one's gradient.
-      x = jnp.where(mine, jax.lax.dynamic_slice_in_dim(padded, at, block), 0)
-      dy = jnp.where(mine, jax.lax.dynamic_slice_in_dim(dpadded, at, block), 0)
+      at, mine = _block(start, size, i, block, rows.shape[0])
+      # Rows of other experts too are cleared: 0 * inf would put a NaN into this one's gradient.
+      x = jnp.where(mine, _read(rows, at, block), 0)
+      dy = jnp.where(mine, _read(dout, at, block), 0)
       _, vjp = jax.vjp(lambda x, w: fn(x, w, _block_key(key, i)), x, w)
       dx, dw_block = vjp(dy)
       dw = jax.tree.map(lambda total, part: total + part.astype(jnp.float32), dw, dw_block)
-      return jax.lax.dynamic_update_slice_in_dim(drows, dx, at, axis=0), dw
+      return _write(drows, dx, at, mine), dw
 
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), w)
     drows, dw = jax.lax.fori_loop(0, _num_blocks(size, block), step, (drows, zeros))
     return drows, jax.tree.map(lambda total, a: total.astype(a.dtype), dw, w)
 
-  drows, dweights = jax.lax.scan(
-    expert, jnp.zeros_like(padded), _per_expert(group_sizes, weights, keys))
-  served = jnp.arange(N) < jnp.sum(group_sizes)
-  return jnp.where(served[:, None], drows[:N], 0), None, dweights, None
+  per_expert = _per_expert(group_sizes, weights, keys)
+  drows, dweights = jax.lax.scan(expert, jnp.zeros_like(rows), per_expert)
+  return drows, None, dweights, None
 
 
 grouped_apply.defvjp(_save, _backward)
@@ -114,6 +106,27 @@ def _per_expert(group_sizes, weights, keys):
 
 def _num_blocks(size, block: int):
   return (size + block - 1) // block
+
+
+def _block(start, size, i, block: int, num_rows: int):
+  """Returns where block i of a group starts, and which of its rows (block, 1) are its own.
+
+  The last block of all groups is moved up to end with the rows, which saves a padded copy of them;
+  what it then shares with the block before, or with another expert, is not its own.
+  """
+  first = start + i * block
+  at = jnp.minimum(first, num_rows - block)
+  index = at + jnp.arange(block)
+  return at, ((index >= first) & (index < start + size))[:, None]
+
+
+def _read(rows, at, block: int):
+  return jax.lax.dynamic_slice_in_dim(rows, at, block)
+
+
+def _write(rows, values, at, mine):
+  kept = jnp.where(mine, values.astype(rows.dtype), _read(rows, at, mine.shape[0]))
+  return jax.lax.dynamic_update_slice_in_dim(rows, kept, at, axis=0)
 
 
 def _block_key(key, i):

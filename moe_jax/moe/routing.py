@@ -71,4 +71,4 @@ def _route(logits_GSE, config, mask_GS, key, train):
     },
     metrics=metrics.routing_metrics(
       probs_GSE, expert_GSK, asked_GSK, kept_GSK, mask_GS, C, config),
-    num_tokens=S, num_experts=E, capacity=C)
+    num_tokens=S, num_experts=E, capacity=C, choices=config.top_k)

@@ -206,7 +206,7 @@ def _require(holds: bool, name: str, value, expected: str) -> None:
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=["token", "expert", "slot", "weight", "valid", "losses", "metrics"],
-  meta_fields=["num_tokens", "num_experts", "capacity"],
+  meta_fields=["num_tokens", "num_experts", "capacity", "choices"],
 )
 @dataclasses.dataclass(frozen=True)
 class RoutingPlan:
@@ -222,6 +222,8 @@ class RoutingPlan:
     losses: `load_balance`, `router_z`: float32 scalars, not yet multiplied by their coefficients.
     metrics: see `moe_jax.moe.metrics`.
     num_tokens: S. num_experts: E. capacity: C; S when dropless, which is always enough.
+    choices: K if N = S*K in token-major order, which lets combine sum without a scatter; None if
+      assignments come in any other order.
   """
 
   token: jax.Array
@@ -234,6 +236,7 @@ class RoutingPlan:
   num_tokens: int
   num_experts: int
   capacity: int
+  choices: int | None = None
 
   def dispatch_mask(self) -> jax.Array:
     """Returns (G, S, E, C) bool: token s sits in slot c of expert e."""

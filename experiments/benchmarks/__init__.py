@@ -1,0 +1,1 @@
+"""Benchmarks: what a layer costs, as a ratio to the work that cannot be avoided."""
