@@ -43,8 +43,11 @@ def make_moves(plan: RoutingPlan, row_GN: jax.Array, num_rows: int) -> Moves:
   G, N = plan.token.shape
   token = plan.token + plan.num_tokens * jnp.arange(G, dtype=jnp.int32)[:, None]
   row = jnp.where(plan.valid, row_GN, num_rows).reshape(-1)
-  assignment = jnp.full((num_rows,), G * N, jnp.int32).at[row].set(
-    jnp.arange(G * N, dtype=jnp.int32), mode="drop")
+  assignment = (
+    jnp.full((num_rows,), G * N, jnp.int32)
+    .at[row]
+    .set(jnp.arange(G * N, dtype=jnp.int32), mode="drop")
+  )
   return Moves(token.reshape(-1), row, assignment, G * plan.num_tokens, plan.choices)
 
 
@@ -77,8 +80,10 @@ def collect(rows: jax.Array, weight: jax.Array, moves: Moves) -> jax.Array:
   else:
     row_TK, weight_TK = (a.reshape(moves.num_tokens, -1) for a in (moves.row, weight))
     # One lookup a choice, rather than one of (T, K, D), lets XLA fuse them into a single sum.
-    y = sum(_look_up(rows, row_TK[:, k]).astype(jnp.float32) * weight_TK[:, k, None]
-            for k in range(moves.choices))
+    y = sum(
+      _look_up(rows, row_TK[:, k]).astype(jnp.float32) * weight_TK[:, k, None]
+      for k in range(moves.choices)
+    )
   return y.astype(rows.dtype)
 
 
