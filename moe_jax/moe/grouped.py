@@ -80,7 +80,7 @@ def _backward(fn, block, saved, dout):
     def step(i, carry):
       drows, dw = carry
       at, mine = _block(start, size, i, block, rows.shape[0])
-      # Rows of other experts too are cleared: 0 * inf would put a NaN into this one's gradient.
+      # Another expert's rows too are cleared: 0 * inf would put a NaN into this one's gradient.
       x = jnp.where(mine, _read(rows, at, block), 0)
       dy = jnp.where(mine, _read(dout, at, block), 0)
       _, vjp = jax.vjp(lambda x, w: fn(x, w, _block_key(key, i)), x, w)

@@ -94,12 +94,25 @@ def _save_collect(rows, weight, moves):
 def _backward_collect(saved, dy):
   rows, weight, moves = saved
   drows = spread(dy, moves).astype(jnp.float32) * _look_up(weight, moves.assignment)[:, None]
-  # In the order of rows, both factors stream through memory.
-  products = jnp.sum(rows.astype(jnp.float32) * spread(dy, moves).astype(jnp.float32), axis=-1)
-  return drows.astype(rows.dtype), _look_up(products, moves.row), None
+  return drows.astype(rows.dtype), _products(rows, dy, moves), None
 
 
 collect.defvjp(_save_collect, _backward_collect)
+
+
+def _products(rows, dy, moves):
+  """Returns (N,) float32: each assignment's row times its token's dy."""
+
+  def product(token_and_row):
+    token, row = token_and_row
+    return jnp.sum(_look_up(rows, row).astype(jnp.float32) * dy[token].astype(jnp.float32), -1)
+
+  # In turns of one choice a token: all N looked-up rows at once would be one more buffer.
+  def by_choice(a):
+    return a.reshape(-1, moves.choices or 1).T
+
+  products = jax.lax.map(product, (by_choice(moves.token), by_choice(moves.row)))
+  return products.T.reshape(-1)
 
 
 def _look_up(values: jax.Array, index: jax.Array, fill: int = 0) -> jax.Array:

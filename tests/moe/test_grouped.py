@@ -149,7 +149,7 @@ def test_each_block_draws_its_own_numbers():
 
 @pytest.mark.parametrize(
   ("num_rows", "num_experts", "expected"),
-  [(1, 64, 8), (64, 8, 8), (256, 8, 32), (300, 8, 32), (10**6, 8, 256)],
+  [(1, 64, 32), (1024, 8, 32), (4096, 8, 128), (6000, 8, 128), (10**6, 8, 256)],
 )
 def test_blocks_follow_the_mean_load(num_rows, num_experts, expected):
   assert block_rows(num_rows, num_experts) == expected
