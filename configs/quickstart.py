@@ -65,7 +65,7 @@ def get_config(variant: str = "moe") -> config_dict.ConfigDict:
     b2=0.95,
     epsilon=1e-8,
   )
-  config.eval = dict(every=1000, batch_size=0)
+  config.eval = dict(every=500, batch_size=0)
   config.checkpoint = dict(every=500, keep=2)
   config.log = dict(every=10, tensorboard=False)
   config.sample = dict(prompt="The President", max_new_tokens=400, temperature=0.7)

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 
 from moe_jax import __version__
+from moe_jax.choices import did_you_mean
 from moe_jax.config.command_line import REQUIRED, Flag, FlagKind, parse_command_line
-from moe_jax.config.suggest import did_you_mean
 from moe_jax.errors import UserError
 
 _PROGRAM = "moe-jax"

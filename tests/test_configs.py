@@ -35,8 +35,13 @@ def test_config_trains_two_steps(source):
   L = experiment.data.sequence_length
   tokens = np.random.default_rng(0).integers(3, 259, (2, L + 1)).astype(np.int32)
   ones = np.ones((2, L), np.int32)
-  batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": ones,
-           "loss_mask": ones, "positions": np.tile(np.arange(L, dtype=np.int32), (2, 1))}
+  batch = {
+    "tokens": tokens[:, :-1],
+    "targets": tokens[:, 1:],
+    "segment_ids": ones,
+    "loss_mask": ones,
+    "positions": np.tile(np.arange(L, dtype=np.int32), (2, 1)),
+  }
   losses = []
   for _ in range(2):
     state, metrics = step(state, batch)
@@ -50,7 +55,8 @@ def test_config_trains_two_steps(source):
 def test_quickstart_variants_have_the_same_active_flops_and_train_on_eight_million_tokens():
   moe, dense = (
     experiment_from(load_config(f"{tiny.ROOT}/configs/quickstart.py{v}").to_dict())
-    for v in ("", ":dense"))
+    for v in ("", ":dense")
+  )
   flops = [training_flops_per_token(c.model, c.data.sequence_length) for c in (moe, dense)]
   # The router's own product is the difference.
   router = 6 * moe.model.model_dim * moe.model.moe.routing.num_experts * 2

@@ -44,12 +44,11 @@ def test_make_train_runs_the_quickstart():
 def test_moe_jax_commands_run_in_the_order_of_the_readme(tmp_path, monkeypatch):
   # Runs land in a scratch folder; configs are found from the repository.
   monkeypatch.chdir(tiny.ROOT)
-  place = lambda word: re.sub(r"=runs/", f"={tmp_path}/", word)
   quick = tiny.command(tmp_path / "quickstart", steps=2)
   assert main(quick) == 0
   small = {False: tiny.command("x", "dense", steps=2)[3:], True: tiny.command("x", steps=2)[3:]}
   for words in MOE_JAX:
-    words = [place(word) for word in words]
+    words = [word.replace("=runs/", f"={tmp_path}/") for word in words]
     if words[0] == "train":
       is_moe = not any(":dense" in word for word in words)
       # The tiny sizes first, so that what the README sets itself wins.

@@ -48,6 +48,9 @@ def tiny_config(
     mlp=FeedForwardConfig(**{"hidden_dim": 12, **network, **(mlp or {})}),
     moe=MoEConfig(tiny_routing(**(routing or {})), **{"hidden_dim": 6, **network, **(moe or {})}),
   )
+  segments = changes.get("segments", ALTERNATING)
+  if isinstance(segments, (list, tuple)) and not any(":moe" in str(each) for each in segments):
+    changes.setdefault("moe", None)
   return dataclasses.replace(config, **changes)
 
 

@@ -67,14 +67,14 @@ def baseline(dense: dict) -> dict:
     "name": "dense, same active FLOPs",
     "seeds": len(dense["seeds"]),
     "points": dense["points"],
-    "note": "mean of the recorded runs of configs/quickstart.py:dense; band: one standard deviation",
+    "note": "mean of recorded runs of configs/quickstart.py:dense; band: one standard deviation",
   }
 
 
 def table(results: dict) -> str:
   """Returns the Markdown table of the README."""
   rows = [
-    "| | held-out nats per byte token | bits per byte | parameters total / active |"
+    "| | held-out nats per token | bits per byte | parameters total / active |"
     " FLOPs per token | step time |",
     "|---|---|---|---|---|---|",
   ]

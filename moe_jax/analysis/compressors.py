@@ -5,6 +5,7 @@ held-out text; the primed figure also gives it the training text to copy from, w
 opponent of a model that was trained on it.
 """
 
+import functools
 import lzma
 
 from moe_jax.errors import UserError
@@ -38,6 +39,8 @@ def xz_primed_bits_per_byte(heldout: bytes, prime: bytes) -> float:
   return 8 * (_xz_size(prime + heldout) - _xz_size(prime)) / len(heldout)
 
 
+# A sweep asks about the same text once a run.
+@functools.lru_cache(maxsize=4)
 def _xz_size(text: bytes) -> int:
   return len(lzma.compress(text, format=lzma.FORMAT_XZ, preset=XZ_PRESET))
 

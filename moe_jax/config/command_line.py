@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from moe_jax.config.suggest import did_you_mean, nearest
+from moe_jax.choices import did_you_mean, nearest
 from moe_jax.errors import UserError
 
 REQUIRED = object()

@@ -12,7 +12,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from moe_jax.config.suggest import nearest
+from moe_jax.choices import nearest
 from moe_jax.errors import UserError
 
 _EXPECTED = {

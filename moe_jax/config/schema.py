@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from moe_jax.config.suggest import did_you_mean
+from moe_jax.choices import did_you_mean
 from moe_jax.errors import UserError
 
 _Config = TypeVar("_Config")

@@ -12,7 +12,7 @@ import lzma
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-from moe_jax.data.choices import unknown_name
+from moe_jax.choices import did_you_mean
 from moe_jax.data.splits import Split, split_of
 from moe_jax.errors import UserError
 
@@ -90,7 +90,7 @@ def register_corpus(corpus: Corpus) -> None:
 def get_corpus(name: str) -> Corpus:
   """Returns the corpus registered under `name`; raises UserError with the nearest name."""
   if name not in _CORPORA:
-    raise unknown_name("corpus", name, _CORPORA)
+    raise UserError(f"unknown corpus {name!r}; {did_you_mean(str(name), _CORPORA)}")
   return _CORPORA[name]
 
 

@@ -6,7 +6,8 @@ from typing import Protocol
 
 import numpy as np
 
-from moe_jax.data.choices import unknown_name
+from moe_jax.choices import did_you_mean
+from moe_jax.errors import UserError
 
 
 class Tokenizer(Protocol):
@@ -71,5 +72,5 @@ _TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {"bytes": ByteTokenizer}
 def get_tokenizer(name: str) -> Tokenizer:
   """Returns the tokenizer called `name`; raises UserError with the nearest name."""
   if name not in _TOKENIZERS:
-    raise unknown_name("tokenizer", name, _TOKENIZERS)
+    raise UserError(f"unknown tokenizer {name!r}; {did_you_mean(str(name), _TOKENIZERS)}")
   return _TOKENIZERS[name]()

@@ -20,6 +20,6 @@ def generate(args: SimpleNamespace) -> None:
   model = nnx.merge(model_graph(config.model.dropless()), params)
   prompt = np.concatenate([[tokenizer.bos_id], tokenizer.encode(args.prompt)])[None]
   tokens = generate_tokens(
-    model, prompt, args.max_new_tokens, temperature=args.temperature,
-    key=jax.random.key(args.seed))
-  print(args.prompt + tokenizer.decode(np.asarray(tokens)[0, prompt.shape[1]:]))
+    model, prompt, args.max_new_tokens, temperature=args.temperature, key=jax.random.key(args.seed)
+  )
+  print(args.prompt + tokenizer.decode(np.asarray(tokens)[0, prompt.shape[1] :]))

@@ -58,11 +58,17 @@ def generate(
   key = jax.random.key(0) if key is None else key
   graph, params = nnx.split(model)
   if not use_cache:
-    return _generate_uncached(
-      graph, params, tokens, token_mask, key, temperature, max_new_tokens)
+    return _generate_uncached(graph, params, tokens, token_mask, key, temperature, max_new_tokens)
   return _generate_cached(
-    graph, params, tokens, token_mask, key, jnp.float32(temperature), max_new_tokens,
-    temperature > 0)
+    graph,
+    params,
+    tokens,
+    token_mask,
+    key,
+    jnp.float32(temperature),
+    max_new_tokens,
+    temperature > 0,
+  )
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "max_new_tokens", "sample"))
@@ -70,7 +76,8 @@ def _generate_cached(graph, params, tokens, token_mask, key, temperature, max_ne
   model = nnx.merge(graph, params)
   B, L = tokens.shape
   logits, cache = model.decode(
-    tokens, model.init_cache(B, L + max_new_tokens - 1), token_mask=token_mask)
+    tokens, model.init_cache(B, L + max_new_tokens - 1), token_mask=token_mask
+  )
   first = _choose(_last_real(logits, token_mask), key, 0, temperature, sample)
 
   def step(carry, i):
@@ -117,25 +124,32 @@ def _last_real(logits_BLV: jax.Array, token_mask: jax.Array) -> jax.Array:
 
 def _check_prompts(tokens, token_mask, vocab_size: int) -> None:
   if tokens.ndim != 2 or tokens.shape[1] == 0 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-    raise UserError(f"tokens have shape {tokens.shape} and dtype {tokens.dtype}; expected (batch,"
-                    " length) integers with at least one token a prompt")
+    raise UserError(
+      f"tokens have shape {tokens.shape} and dtype {tokens.dtype}; expected (batch,"
+      " length) integers with at least one token a prompt"
+    )
   if token_mask.shape != tokens.shape or token_mask.dtype != bool:
-    raise UserError(f"token_mask has shape {token_mask.shape} and dtype {token_mask.dtype};"
-                    f" expected {tokens.shape} and bool, True = real token")
+    raise UserError(
+      f"token_mask has shape {token_mask.shape} and dtype {token_mask.dtype};"
+      f" expected {tokens.shape} and bool, True = real token"
+    )
   if not bool(jnp.all(jnp.any(token_mask, axis=1))):
     raise UserError("token_mask has a row without a real token; a prompt needs at least one")
   unknown = token_mask & ((tokens < 0) | (tokens >= vocab_size))
   if bool(jnp.any(unknown)):
-    raise UserError(f"tokens hold the id {int(tokens[unknown][0])}; expected ids between 0 and"
-                    f" {vocab_size - 1}")
+    raise UserError(
+      f"tokens hold the id {int(tokens[unknown][0])}; expected ids between 0 and {vocab_size - 1}"
+    )
 
 
 def _check_sampling(max_new_tokens, temperature, key) -> None:
   if max_new_tokens < 0:
     raise UserError(f"max_new_tokens = {max_new_tokens} is refused: it must be 0 or greater")
   if temperature != 0 and not temperature >= _COLDEST:
-    raise UserError(f"temperature = {temperature} is refused: it must be 0 (greedy) or at least"
-                    f" {_COLDEST}")
+    raise UserError(
+      f"temperature = {temperature} is refused: it must be 0 (greedy) or at least {_COLDEST}"
+    )
   if temperature > 0 and key is None:
-    raise UserError(f"temperature = {temperature} samples: key = None was given, a jax.random.key"
-                    " is needed")
+    raise UserError(
+      f"temperature = {temperature} samples: key = None was given, a jax.random.key is needed"
+    )

@@ -36,11 +36,15 @@ class AttentionConfig:
       if getattr(self, name) < 1:
         raise UserError(f"{name} = {getattr(self, name)} is refused: it must be at least 1")
     if self.num_heads % self.num_kv_heads:
-      raise UserError(f"num_kv_heads = {self.num_kv_heads} does not divide num_heads ="
-                      f" {self.num_heads}; the nearest that does is {self._nearest_divisor()}")
+      raise UserError(
+        f"num_kv_heads = {self.num_kv_heads} does not divide num_heads ="
+        f" {self.num_heads}; the nearest that does is {self._nearest_divisor()}"
+      )
     if self.head_dim % 2:
-      raise UserError(f"head_dim = {self.head_dim} is odd; rotary positions need an even width,"
-                      f" for example {self.head_dim + 1}")
+      raise UserError(
+        f"head_dim = {self.head_dim} is odd; rotary positions need an even width,"
+        f" for example {self.head_dim + 1}"
+      )
     if not self.rope_theta > 0:
       raise UserError(f"rope_theta = {self.rope_theta} is refused: it must be greater than 0")
     if self.window is not None and self.window < 1:
@@ -58,6 +62,10 @@ class KVCache:
 
   key: jax.Array
   value: jax.Array
+
+  def write(self, key: jax.Array, value: jax.Array, index: jax.Array) -> "KVCache":
+    """Returns the cache with `key` and `value` (B, L, Hkv, K) in the slots from `index` on."""
+    return KVCache(_write(self.key, key, index), _write(self.value, value, index))
 
 
 @jax.tree_util.register_dataclass
@@ -81,21 +89,39 @@ class Attention(nnx.Module):
   """Causal self-attention; softmax in float32."""
 
   def __init__(
-    self, model_dim: int, config: AttentionConfig, *, key: jax.Array, scale: float,
+    self,
+    model_dim: int,
+    config: AttentionConfig,
+    *,
+    key: jax.Array,
+    scale: float,
     dropout_rate: float = 0.0,
   ):
     self.config = config
     self.dropout_rate = dropout_rate
     c, keys = config, jax.random.split(key, 4)
-    kv = dict(shape=(model_dim, c.num_kv_heads, c.head_dim), fan_in=model_dim, scale=scale,
-              axes=("embed", "kv_heads", "head_dim"))
-    self.query = parameter(keys[0], (model_dim, c.num_heads, c.head_dim),
-                           ("embed", "heads", "head_dim"), fan_in=model_dim, scale=scale)
+    kv = dict(
+      shape=(model_dim, c.num_kv_heads, c.head_dim),
+      fan_in=model_dim,
+      scale=scale,
+      axes=("embed", "kv_heads", "head_dim"),
+    )
+    self.query = parameter(
+      keys[0],
+      (model_dim, c.num_heads, c.head_dim),
+      ("embed", "heads", "head_dim"),
+      fan_in=model_dim,
+      scale=scale,
+    )
     self.key = parameter(keys[1], **kv)
     self.value = parameter(keys[2], **kv)
-    self.out = parameter(keys[3], (c.num_heads, c.head_dim, model_dim),
-                         ("heads", "head_dim", "embed"), fan_in=c.num_heads * c.head_dim,
-                         scale=scale)
+    self.out = parameter(
+      keys[3],
+      (c.num_heads, c.head_dim, model_dim),
+      ("heads", "head_dim", "embed"),
+      fan_in=c.num_heads * c.head_dim,
+      scale=scale,
+    )
 
   def __call__(
     self,
@@ -106,18 +132,23 @@ class Attention(nnx.Module):
     key: jax.Array | None = None,
   ) -> tuple[jax.Array, KVCache | None]:
     """Maps x (B, L, D) to (B, L, D), writing keys and values into the cache if there is one."""
-    project = lambda w: jnp.einsum("BLD,DHK->BLHK", x, w[...].astype(x.dtype))
-    q = apply_rotary(project(self.query), context.rotary)
-    k = apply_rotary(project(self.key), context.rotary)
-    v = project(self.value)
+    q = apply_rotary(_project(x, self.query), context.rotary)
+    k = apply_rotary(_project(x, self.key), context.rotary)
+    v = _project(x, self.value)
     if cache is not None:
-      write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(
-        old, new.astype(old.dtype), context.cache_index, axis=1)
-      cache = KVCache(write(cache.key, k), write(cache.value, v))
+      cache = cache.write(k, v, context.cache_index)
       k, v = cache.key.astype(x.dtype), cache.value.astype(x.dtype)
     heads = attend(q, k, v, context.mask)
     out = jnp.einsum("BLHK,HKD->BLD", heads, self.out[...].astype(x.dtype))
     return dropout(out, self.dropout_rate, key), cache
+
+
+def _project(x: jax.Array, weight: nnx.Param) -> jax.Array:
+  return jnp.einsum("BLD,DHK->BLHK", x, weight[...].astype(x.dtype))
+
+
+def _write(old: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
+  return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis=1)
 
 
 def attend(
@@ -134,7 +165,8 @@ def attend(
   queries = q_BLHK.reshape(B, L, N, H // N, K).transpose(0, 2, 3, 1, 4).reshape(B, N, -1, K)
   keys, values = k_BMNK.swapaxes(1, 2), v_BMNK.swapaxes(1, 2)
   logits = jnp.einsum(
-    "BNQK,BNMK->BNQM", queries * K**-0.5, keys, preferred_element_type=jnp.float32)
+    "BNQK,BNMK->BNQM", queries * K**-0.5, keys, preferred_element_type=jnp.float32
+  )
   # Finite, so that the derivative of a masked logit is 0 and not NaN.
   bias_BLM = jnp.where(mask_BLM, 0.0, -1e30)
   weights = jax.nn.softmax(logits.reshape(B, N, H // N, L, -1) + bias_BLM[:, None, None], axis=-1)

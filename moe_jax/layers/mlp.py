@@ -4,7 +4,6 @@ import dataclasses
 import enum
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.choices import as_choice
@@ -80,15 +79,17 @@ def feed_forward_weights(
   The hidden axis is named "expert_mlp" in experts, so that a table can shard it apart from "mlp".
   """
   names = ("gate", "up", "down") if config.gated else ("up", "down")
-  lead_shape, lead_axes, hidden = ((), (), "mlp") if experts is None else (
-    (experts,), ("expert",), "expert_mlp")
+  lead_shape, lead_axes, hidden = (
+    ((), (), "mlp") if experts is None else ((experts,), ("expert",), "expert_mlp")
+  )
   weights = {}
-  for name, key in zip(names, jax.random.split(key, len(names)), strict=True):
+  for name, name_key in zip(names, jax.random.split(key, len(names)), strict=True):
     shape, axes = (model_dim, config.hidden_dim), ("embed", hidden)
     if name == "down":
       shape, axes = shape[::-1], axes[::-1]
     weights[name] = parameter(
-      key, lead_shape + shape, lead_axes + axes, fan_in=shape[0], scale=scale)
+      name_key, lead_shape + shape, lead_axes + axes, fan_in=shape[0], scale=scale
+    )
   return weights
 
 

@@ -57,4 +57,5 @@ def with_axes(value: jax.Array, axes: tuple[str, ...]) -> nnx.Param:
 def logical_axes(state: nnx.State) -> nnx.State:
   """Returns the tree of axis names, parallel to the parameters of `state`."""
   return jax.tree.map(
-    lambda p: p.get_metadata()["axes"], state, is_leaf=lambda p: isinstance(p, nnx.Variable))
+    lambda p: p.get_metadata()["axes"], state, is_leaf=lambda p: isinstance(p, nnx.Variable)
+  )

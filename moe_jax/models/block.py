@@ -20,16 +20,22 @@ class Block(nnx.Module):
     self.dropout_rate = config.dropout
     self.mixer_norm = RMSNorm(config.model_dim, config.norm_epsilon)
     self.mixer = Attention(
-      config.model_dim, config.attention, key=mixer_key, scale=config.init_scale,
-      dropout_rate=config.dropout)
+      config.model_dim,
+      config.attention,
+      key=mixer_key,
+      scale=config.init_scale,
+      dropout_rate=config.dropout,
+    )
     self.feed_forward_norm = RMSNorm(config.model_dim, config.norm_epsilon)
     self.has_experts = feed_forward == "moe"
     if self.has_experts:
       self.feed_forward = MoELayer(
-        config.model_dim, config.moe, key=ff_key, init_scale=config.init_scale)
+        config.model_dim, config.moe, key=ff_key, init_scale=config.init_scale
+      )
     else:
       self.feed_forward = FeedForward(
-        config.model_dim, config.mlp, key=ff_key, scale=config.init_scale)
+        config.model_dim, config.mlp, key=ff_key, scale=config.init_scale
+      )
 
   def __call__(
     self,

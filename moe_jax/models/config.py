@@ -1,10 +1,9 @@
 """What a model is: widths, and segments of block patterns."""
 
 import dataclasses
-import difflib
 import enum
 
-from moe_jax.choices import as_choice
+from moe_jax.choices import as_choice, did_you_mean
 from moe_jax.errors import UserError
 from moe_jax.layers.attention import AttentionConfig
 from moe_jax.layers.mlp import FeedForwardConfig
@@ -95,15 +94,22 @@ class ModelConfig:
     kinds = [kind for segment in self.parsed_segments() for _, kind in segment.pattern]
     if "moe" in kinds and self.moe is None:
       raise UserError(f"segments = {self.segments} has a moe block but moe is None")
+    if "moe" not in kinds and self.moe is not None:
+      raise UserError(
+        f"segments = {self.segments} has no moe block, so moe would be ignored; leave"
+        " moe out, or use for example 'attention:moe'"
+      )
     # JSON gives lists, and a config must be hashable: it is part of what is compiled.
     object.__setattr__(self, "segments", tuple(map(tuple, self.segments)))
 
   def parsed_segments(self) -> tuple[Segment, ...]:
     """Returns the segments with their patterns taken apart."""
     if not (self.segments and isinstance(self.segments, (tuple, list))):
-      raise UserError(f"segments = {self.segments!r} is refused: a model needs at least one"
-                      " (pattern, repeats) pair, for example"
-                      " (('attention:dense attention:moe', 2),)")
+      raise UserError(
+        f"segments = {self.segments!r} is refused: a model needs at least one"
+        " (pattern, repeats) pair, for example"
+        " (('attention:dense attention:moe', 2),)"
+      )
     return tuple(_parse_segment(segment) for segment in self.segments)
 
   def layers(self) -> list[tuple[str, str]]:
@@ -130,14 +136,21 @@ class ModelConfig:
       return self
     config = self.with_routing(overflow=Overflow.DROPLESS, capacity=None)
     return dataclasses.replace(
-      config, moe=dataclasses.replace(config.moe, dispatch=Dispatch.RAGGED))
+      config, moe=dataclasses.replace(config.moe, dispatch=Dispatch.RAGGED)
+    )
 
 
 def _parse_segment(segment) -> Segment:
-  if not (isinstance(segment, (tuple, list)) and len(segment) == 2
-          and isinstance(segment[0], str) and type(segment[1]) is int):
-    raise UserError(f"segment {segment!r} is not a (pattern, repeats) pair such as"
-                    " ('attention:dense attention:moe', 2)")
+  if not (
+    isinstance(segment, (tuple, list))
+    and len(segment) == 2
+    and isinstance(segment[0], str)
+    and type(segment[1]) is int
+  ):
+    raise UserError(
+      f"segment {segment!r} is not a (pattern, repeats) pair such as"
+      " ('attention:dense attention:moe', 2)"
+    )
   pattern, repeats = segment
   if repeats < 1 or not pattern.split():
     raise UserError(f"segment {segment!r} is empty: give at least one block and one repeat")
@@ -147,7 +160,8 @@ def _parse_segment(segment) -> Segment:
 def _parse_block(block: str) -> tuple[str, str]:
   known = [f"{mixer}:{kind}" for mixer in MIXERS for kind in FEED_FORWARDS]
   if block not in known:
-    near = difflib.get_close_matches(block, known, n=1, cutoff=0.0)[0]
-    raise UserError(f"block {block!r} is not one of {', '.join(known)}; did you mean {near!r}?")
+    raise UserError(
+      f"block {block!r} is not one of {', '.join(known)}; {did_you_mean(block, known)}"
+    )
   mixer, kind = block.split(":")
   return mixer, kind

@@ -65,8 +65,9 @@ class Decoder(nnx.Module):
     self.embedding = parameter(embed_key, (V, D), ("vocab", "embed"), fan_in=D)
     segments = config.parsed_segments()
     keys = jax.random.split(stack_key, len(segments))
-    self.segments = nnx.List([
-      ScannedSegment(config, s, key=k) for s, k in zip(segments, keys, strict=True)])
+    self.segments = nnx.List(
+      [ScannedSegment(config, s, key=k) for s, k in zip(segments, keys, strict=True)]
+    )
     self.final_norm = RMSNorm(D, config.norm_epsilon)
     if not config.tie_embeddings:
       self.head = parameter(head_key, (D, V), ("embed", "vocab"), fan_in=D)
@@ -107,12 +108,14 @@ class Decoder(nnx.Module):
     if positions is None:
       positions = _count_positions(token_mask)
     mask = attention_mask(
-      jnp.arange(tokens.shape[1]), positions, token_mask, positions, self.config.attention.window)
+      jnp.arange(tokens.shape[1]), positions, token_mask, positions, self.config.attention.window
+    )
     if segment_ids is not None:
       mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
     context = AttentionContext(self._rotary(positions), mask)
     x, _, records = self._run(
-      tokens, context, token_mask, None, key=key if train else None, train=train)
+      tokens, context, token_mask, None, key=key if train else None, train=train
+    )
     logits = self._logits(x)
     return (logits, self._aux(records)) if return_aux else logits
 
@@ -135,13 +138,17 @@ class Decoder(nnx.Module):
     seen = jnp.sum(cache.token_mask, axis=1, keepdims=True)
     positions = seen + _count_positions(token_mask)
     slots_mask = jax.lax.dynamic_update_slice_in_dim(
-      cache.token_mask, token_mask, cache.index, axis=1)
+      cache.token_mask, token_mask, cache.index, axis=1
+    )
     mask = attention_mask(
-      cache.index + jnp.arange(tokens.shape[1]), positions, slots_mask,
-      _count_positions(slots_mask), self.config.attention.window)
+      cache.index + jnp.arange(tokens.shape[1]),
+      positions,
+      slots_mask,
+      _count_positions(slots_mask),
+      self.config.attention.window,
+    )
     context = AttentionContext(self._rotary(positions), mask, cache.index)
-    x, segments, _ = self._run(
-      tokens, context, token_mask, cache.segments, key=None, train=False)
+    x, segments, _ = self._run(tokens, context, token_mask, cache.segments, key=None, train=False)
     index = cache.index + tokens.shape[1]
     # An update beyond the last slot would silently overwrite earlier ones.
     x = jnp.where(index <= slots_mask.shape[1], x, jnp.nan)
@@ -162,8 +169,12 @@ class Decoder(nnx.Module):
     embed_key, *keys = split_key(key, 1 + len(self.segments))
     # An id outside the vocabulary must not pass for a word; what padding holds does not matter.
     ids = jnp.where(token_mask, tokens, 0)
-    x = self.embedding[...].at[ids].get(
-      mode="fill", fill_value=jnp.nan, wrap_negative_indices=False).astype(self.config.dtype)
+    x = (
+      self.embedding[...]
+      .at[ids]
+      .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+      .astype(self.config.dtype)
+    )
     x = dropout(x, self.config.dropout, embed_key)
     caches = [None] * len(self.segments) if caches is None else caches
     new_caches, records = [], []
@@ -184,30 +195,41 @@ class Decoder(nnx.Module):
 
   def _aux(self, records) -> ModelAux:
     plans = [record.plan for record in records]
-    mean = lambda name: {k: sum(getattr(p, name)[k] for p in plans) / len(plans)
-                         for k in (getattr(plans[0], name) if plans else ())}
-    losses = mean("losses")
+    losses = _mean([plan.losses for plan in plans])
+    metrics = _mean([plan.metrics for plan in plans])
     if plans:
       routing = self.config.moe.routing
       losses["weighted"] = len(plans) * (
         routing.balance_loss_weight * losses["load_balance"]
-        + routing.z_loss_weight * losses["router_z"])
-    return ModelAux([r.router_logits for r in records], plans, losses, mean("metrics"))
+        + routing.z_loss_weight * losses["router_z"]
+      )
+    return ModelAux([r.router_logits for r in records], plans, losses, metrics)
 
   def _check_key(self, train, key) -> None:
     moe_key = self.config.moe is not None and self.config.moe.needs_key
     if train and key is None and (self.config.dropout or self.config.mlp.dropout or moe_key):
-      raise UserError("training this model draws random numbers: key = None was given, a"
-                      " jax.random.key is needed")
+      raise UserError(
+        "training this model draws random numbers: key = None was given, a jax.random.key is needed"
+      )
+
+
+def _mean(layers: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+  """Returns the mean over layers of each entry; nothing without layers."""
+  names = layers[0] if layers else ()
+  return {name: sum(layer[name] for layer in layers) / len(layers) for name in names}
 
 
 def _check_tokens(tokens, token_mask=None, segment_ids=None, positions=None) -> None:
   if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-    raise UserError(f"tokens have shape {tokens.shape} and dtype {tokens.dtype}; expected"
-                    " (batch, length) integers")
+    raise UserError(
+      f"tokens have shape {tokens.shape} and dtype {tokens.dtype}; expected"
+      " (batch, length) integers"
+    )
   if token_mask is not None and (token_mask.shape != tokens.shape or token_mask.dtype != bool):
-    raise UserError(f"token_mask has shape {token_mask.shape} and dtype {token_mask.dtype};"
-                    f" expected {tokens.shape} and bool, True = real token")
+    raise UserError(
+      f"token_mask has shape {token_mask.shape} and dtype {token_mask.dtype};"
+      f" expected {tokens.shape} and bool, True = real token"
+    )
   for name, value in (("segment_ids", segment_ids), ("positions", positions)):
     if value is not None and value.shape != tokens.shape:
       raise UserError(f"{name} has shape {value.shape}; expected that of tokens, {tokens.shape}")
@@ -219,8 +241,10 @@ def _check_room(tokens, cache: DecoderCache) -> None:
     raise UserError(f"the cache has {rows} rows; expected {B}, those of tokens")
   used = 0 if isinstance(cache.index, jax.core.Tracer) else int(cache.index)
   if used + L > slots:
-    raise UserError(f"the cache has {slots} slots and {used} are taken: {L} more tokens need"
-                    f" init_cache with at least {used + L}")
+    raise UserError(
+      f"the cache has {slots} slots and {used} are taken: {L} more tokens need"
+      f" init_cache with at least {used + L}"
+    )
 
 
 def _count_positions(token_mask: jax.Array) -> jax.Array:

@@ -1,6 +1,5 @@
 """The stack: segments of block patterns whose parameters are stacked and scanned."""
 
-import functools
 from typing import Any
 
 import jax
@@ -31,13 +30,13 @@ class ScannedSegment(nnx.Module):
 
     def pattern(key):
       keys = jax.random.split(key, len(segment.pattern))
-      return nnx.List([Block(config, kind, key=k)
-                       for kind, k in zip(segment.pattern, keys, strict=True)])
+      return nnx.List(
+        [Block(config, kind, key=k) for kind, k in zip(segment.pattern, keys, strict=True)]
+      )
 
-    # A nested scan of initialisers: each repeat draws its own parameters.
+    # Each repeat draws its own parameters.
     graphdef, _ = nnx.split(nnx.eval_shape(pattern, key))
-    state = jax.vmap(lambda key: nnx.split(pattern(key))[1])(
-      jax.random.split(key, segment.repeats))
+    state = jax.vmap(lambda key: nnx.split(pattern(key))[1])(jax.random.split(key, segment.repeats))
     self.blocks = nnx.merge(graphdef, _name_layer_axis(state))
     self.repeats = segment.repeats
 
@@ -58,13 +57,14 @@ class ScannedSegment(nnx.Module):
     def body(x, per_repeat):
       state, cache, key = per_repeat
       return _run_pattern(
-        nnx.merge(graphdef, state), x, context, token_mask, cache, key=key, train=train)
+        nnx.merge(graphdef, state), x, context, token_mask, cache, key=key, train=train
+      )
 
     if self.remat != Remat.NONE:
       body = jax.checkpoint(body, policy=_REMAT_POLICIES[self.remat])
     x, (cache, aux) = jax.lax.scan(body, x, (state, cache, keys), unroll=self.unroll)
-    take = functools.partial(_take_repeat, aux)
-    return x, cache, [record for i in range(self.repeats) for record in take(i)]
+    records = [record for i in range(self.repeats) for record in _take_repeat(aux, i)]
+    return x, cache, records
 
 
 def _run_pattern(blocks, x, context, token_mask, cache, *, key, train):
@@ -83,5 +83,7 @@ def _take_repeat(stacked: Any, i: int) -> Any:
 
 
 def _name_layer_axis(state: nnx.State) -> nnx.State:
-  named = lambda p: p.replace(axes=("layers",) + p.get_metadata()["axes"])
+  def named(param):
+    return param.replace(axes=("layers", *param.get_metadata()["axes"]))
+
   return jax.tree.map(named, state, is_leaf=lambda p: isinstance(p, nnx.Variable))

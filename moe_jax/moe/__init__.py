@@ -6,12 +6,42 @@ from moe_jax.moe.layer import MoEAux, MoEConfig, MoELayer
 from moe_jax.moe.presets import preset, preset_names
 from moe_jax.moe.routing import route
 from moe_jax.moe.types import (
-  BalanceFraction, BalanceScope, CapacityConvention, DropOrder, Grouping, LossPadding, Overflow,
-  Priority, Rounding, RoutingConfig, RoutingPlan, Selection, Weighting)
+  BalanceFraction,
+  BalanceScope,
+  CapacityConvention,
+  DropOrder,
+  Grouping,
+  LossPadding,
+  Overflow,
+  Priority,
+  Rounding,
+  RoutingConfig,
+  RoutingPlan,
+  Selection,
+  Weighting,
+)
 
 __all__ = [
-  "BalanceFraction", "BalanceScope", "CapacityConvention", "Dispatch", "DropOrder", "Grouping",
-  "LossPadding", "MoEAux", "MoEConfig", "MoELayer", "Overflow", "Priority", "Rounding",
-  "RoutingConfig", "RoutingPlan", "Selection", "Weighting", "expert_capacity", "get_dispatcher",
-  "preset", "preset_names", "route",
+  "BalanceFraction",
+  "BalanceScope",
+  "CapacityConvention",
+  "Dispatch",
+  "DropOrder",
+  "Grouping",
+  "LossPadding",
+  "MoEAux",
+  "MoEConfig",
+  "MoELayer",
+  "Overflow",
+  "Priority",
+  "Rounding",
+  "RoutingConfig",
+  "RoutingPlan",
+  "Selection",
+  "Weighting",
+  "expert_capacity",
+  "get_dispatcher",
+  "preset",
+  "preset_names",
+  "route",
 ]

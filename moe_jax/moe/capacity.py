@@ -8,7 +8,13 @@ import jax.numpy as jnp
 
 from moe_jax.errors import UserError
 from moe_jax.moe.types import (
-  CapacityConvention, DropOrder, Overflow, Priority, Rounding, RoutingConfig)
+  CapacityConvention,
+  DropOrder,
+  Overflow,
+  Priority,
+  Rounding,
+  RoutingConfig,
+)
 
 _ROUND = {Rounding.CEIL: math.ceil, Rounding.FLOOR: math.floor, Rounding.ROUND_HALF_EVEN: round}
 
@@ -29,7 +35,8 @@ def expert_capacity(config: RoutingConfig, num_tokens: int, *, train: bool) -> i
     if config.capacity is not None and config.capacity < num_tokens:
       raise UserError(
         f"capacity = {config.capacity} contradicts overflow = dropless for groups of {num_tokens}"
-        f" tokens: set overflow = drop to use it, or capacity = None")
+        f" tokens: set overflow = drop to use it, or capacity = None"
+      )
     return num_tokens
   if config.capacity is not None:
     return min(config.capacity, num_tokens)
@@ -65,18 +72,22 @@ def place(
   if config.priority == Priority.MAX_SCORE:
     order_GS = jnp.argsort(-max_score_GS, axis=1, stable=True)
     inverse_GS = jnp.argsort(order_GS, axis=1, stable=True)
-    take = lambda a, index_GS: jnp.take_along_axis(a, index_GS[..., None], axis=1)
-    place_GSK = _queue(take(expert_GSK, order_GS), take(chosen_GSK, order_GS), config)
-    return take(place_GSK, inverse_GS)
+    place_GSK = _queue(_take(expert_GSK, order_GS), _take(chosen_GSK, order_GS), config)
+    return _take(place_GSK, inverse_GS)
   return _queue(expert_GSK, chosen_GSK, config)
+
+
+def _take(a_GSK: jax.Array, index_GS: jax.Array) -> jax.Array:
+  return jnp.take_along_axis(a_GSK, index_GS[..., None], axis=1)
 
 
 def _queue(expert_GSK: jax.Array, chosen_GSK: jax.Array, config: RoutingConfig) -> jax.Array:
   """Counts, for each assignment, the earlier ones that ask for the same expert."""
   G, S, K = expert_GSK.shape
   choice_major = config.drop_order == DropOrder.CHOICE_MAJOR
-  flatten = lambda a: (a.swapaxes(1, 2) if choice_major else a).reshape(G, S * K)
-  expert_GN, chosen_GN = flatten(expert_GSK), flatten(chosen_GSK)
+  if choice_major:
+    expert_GSK, chosen_GSK = expert_GSK.swapaxes(1, 2), chosen_GSK.swapaxes(1, 2)
+  expert_GN, chosen_GN = expert_GSK.reshape(G, S * K), chosen_GSK.reshape(G, S * K)
   # Counts are int32: a bfloat16 running sum is wrong beyond 256.
   asks_GNE = jax.nn.one_hot(expert_GN, config.num_experts, dtype=jnp.int32) * chosen_GN[..., None]
   ahead_GNE = jnp.cumsum(asks_GNE, axis=1) - asks_GNE

@@ -6,7 +6,7 @@ the plan decides both; they differ in time and memory:
 
 | form | rows | cost beyond the expert products |
 |---|---|---|
-| `einsum` | (E, G*C, D) | 2 * S * E * C * D multiply-adds a group: keep groups small (<= 512 tokens) |
+| `einsum` | (E, G*C, D) | 2 * S * E * C * D multiply-adds a group: keep S <= 512 |
 | `gather` | (E, G*C, D) | index lookups |
 | `ragged` | (G*N, D) sorted by expert | a sort; no capacity buffer, so dropless costs no padding |
 """
@@ -59,22 +59,34 @@ ExpertRows = SlottedRows | RaggedRows
 class Dispatcher(Protocol):
   """Moves tokens x (G, S, D) to expert rows, and expert rows back to y (G, S, D)."""
 
-  def dispatch(self, x: jax.Array, plan: RoutingPlan) -> ExpertRows: ...
+  def dispatch(self, x: jax.Array, plan: RoutingPlan) -> ExpertRows:
+    """Returns the rows of all experts, in the dtype of x."""
 
-  def combine(self, rows: ExpertRows, plan: RoutingPlan) -> jax.Array: ...
+  def combine(self, rows: ExpertRows, plan: RoutingPlan) -> jax.Array:
+    """Returns each token's weighted sum, taken in float32, in the dtype of the rows."""
 
 
 class EinsumDispatcher:
-  """One-hot dispatch and combine tensors (GShard, arXiv 2006.16668 Algorithm 2)."""
+  """One-hot dispatch and combine tensors (GShard, arXiv 2006.16668 Algorithm 2).
+
+  Both products have the highest precision: a TPU's default would round float32 tokens and combine
+  weights to bfloat16.
+  """
 
   def dispatch(self, x: jax.Array, plan: RoutingPlan) -> SlottedRows:
+    """See `Dispatcher`."""
     mask_GSEC = plan.dispatch_mask().astype(x.dtype)
-    rows_EGCD = jnp.einsum("GSEC,GSD->EGCD", mask_GSEC, x)
+    rows_EGCD = jnp.einsum("GSEC,GSD->EGCD", mask_GSEC, x, precision=jax.lax.Precision.HIGHEST)
     return SlottedRows(rows_EGCD.reshape(plan.num_experts, -1, x.shape[-1]))
 
   def combine(self, rows: SlottedRows, plan: RoutingPlan) -> jax.Array:
-    rows_EGCD = _by_group(rows.rows, plan)
-    y = jnp.einsum("GSEC,EGCD->GSD", plan.combine_weights(), rows_EGCD.astype(jnp.float32))
+    """See `Dispatcher`."""
+    y = jnp.einsum(
+      "GSEC,EGCD->GSD",
+      plan.combine_weights(),
+      _by_group(rows.rows, plan).astype(jnp.float32),
+      precision=jax.lax.Precision.HIGHEST,
+    )
     return y.astype(rows.rows.dtype)
 
 
@@ -82,10 +94,12 @@ class GatherDispatcher:
   """Index tensors: each slot looks its token up, each token looks its slots up."""
 
   def dispatch(self, x: jax.Array, plan: RoutingPlan) -> SlottedRows:
+    """See `Dispatcher`."""
     E, D = plan.num_experts, x.shape[-1]
     return SlottedRows(spread(x.reshape(-1, D), _slot_moves(plan)).reshape(E, -1, D))
 
   def combine(self, rows: SlottedRows, plan: RoutingPlan) -> jax.Array:
+    """See `Dispatcher`."""
     G, D = plan.token.shape[0], rows.rows.shape[-1]
     flat = rows.rows.reshape(-1, D)
     return collect(flat, plan.weight.reshape(-1), _slot_moves(plan)).reshape(G, -1, D)
@@ -95,16 +109,22 @@ class RaggedDispatcher:
   """Assignments sorted by expert, without buffers (MegaBlocks, arXiv 2211.15841 section 4)."""
 
   def dispatch(self, x: jax.Array, plan: RoutingPlan) -> RaggedRows:
+    """See `Dispatcher`."""
     E, D = plan.num_experts, x.shape[-1]
     # An assignment without a slot sorts behind all experts, where no group reaches it.
     expert = jnp.where(plan.valid, plan.expert, E).reshape(-1)
     order = jnp.argsort(expert, stable=True)
-    position = jnp.zeros_like(order).at[order].set(
-      jnp.arange(order.size, dtype=order.dtype), unique_indices=True).reshape(plan.expert.shape)
+    position = (
+      jnp.zeros_like(order)
+      .at[order]
+      .set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
+      .reshape(plan.expert.shape)
+    )
     rows = spread(x.reshape(-1, D), make_moves(plan, position, order.size))
     return RaggedRows(rows, jnp.bincount(expert, length=E).astype(jnp.int32), position)
 
   def combine(self, rows: RaggedRows, plan: RoutingPlan) -> jax.Array:
+    """See `Dispatcher`."""
     G, D = plan.token.shape[0], rows.rows.shape[-1]
     moves = make_moves(plan, rows.position, rows.rows.shape[0])
     return collect(rows.rows, plan.weight.reshape(-1), moves).reshape(G, -1, D)

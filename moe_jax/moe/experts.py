@@ -33,7 +33,9 @@ class Experts(nnx.Module):
 
 
 def apply_experts(
-  rows: ExpertRows, weights: dict[str, jax.Array], keys: jax.Array | None,
+  rows: ExpertRows,
+  weights: dict[str, jax.Array],
+  keys: jax.Array | None,
   config: FeedForwardConfig,
 ) -> ExpertRows:
   """Applies the expert networks as a function of arrays; `weights` have a leading axis E."""

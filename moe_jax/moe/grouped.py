@@ -7,7 +7,8 @@ loop has no automatic reverse mode; the custom derivative below recomputes each 
 """
 
 import functools
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp

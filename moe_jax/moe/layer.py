@@ -73,17 +73,23 @@ class MoELayer(nnx.Module):
   is in `aux.plan.metrics`. Padding (token_mask False) comes out as zeros.
   """
 
-  def __init__(
-    self, model_dim: int, config: MoEConfig, *, key: jax.Array, init_scale: float = 1.0
-  ):
+  def __init__(self, model_dim: int, config: MoEConfig, *, key: jax.Array, init_scale: float = 1.0):
     router_key, experts_key = jax.random.split(key)
     self.config = config
     self.router = Router(
-      model_dim, config.routing.num_experts, key=router_key, scale=init_scale,
-      jitter=config.router_jitter)
+      model_dim,
+      config.routing.num_experts,
+      key=router_key,
+      scale=init_scale,
+      jitter=config.router_jitter,
+    )
     self.experts = Experts(
-      model_dim, config.routing.num_experts, config.feed_forward(), key=experts_key,
-      scale=init_scale)
+      model_dim,
+      config.routing.num_experts,
+      config.feed_forward(),
+      key=experts_key,
+      scale=init_scale,
+    )
 
   def __call__(
     self,
@@ -108,8 +114,10 @@ class MoELayer(nnx.Module):
       UserError: a mask that does not fit x, or training without a key that it needs.
     """
     if train and key is None and self.config.needs_key:
-      raise UserError("the MoE layer draws random numbers in training (dropout, jitter or"
-                      " random_second): key = None was given, a jax.random.key is needed")
+      raise UserError(
+        "the MoE layer draws random numbers in training (dropout, jitter or"
+        " random_second): key = None was given, a jax.random.key is needed"
+      )
     routing = self.config.routing
     jitter_key, select_key, dropout_key = split_key(key if train else None, 3)
     logits = self.router(x, key=jitter_key)

@@ -11,7 +11,7 @@
 | `dead_experts` | experts nobody asked for | 0 |
 | `router_confidence` | mean over tokens of the largest probability | about 1/E |
 | `capacity_utilization` | filled slots / all slots | |
-| `slots_per_assignment` | all slots / (K * real tokens): below 1, K choices a token cannot all fit | |
+| `slots_per_assignment` | all slots / (K * real tokens): below 1 drops are certain | |
 | `effective_capacity_factor` | C*E/S, or C*E/(K*S): the factor after rounding; static | |
 
 Without a real token all are 0 but `dead_experts` (E), the static ones, and the entropy of E = 1.
@@ -67,8 +67,7 @@ def load_statistics(load_E: jax.Array) -> dict[str, jax.Array]:
   """
   return {
     "load_entropy": _normalized_entropy(load_E),
-    "max_violation": jnp.where(
-      jnp.any(load_E > 0), load_E.shape[0] * jnp.max(load_E) - 1.0, 0.0),
+    "max_violation": jnp.where(jnp.any(load_E > 0), load_E.shape[0] * jnp.max(load_E) - 1.0, 0.0),
     "dead_experts": jnp.sum(load_E == 0).astype(jnp.float32),
   }
 
@@ -90,5 +89,6 @@ def max_violation_floor(num_assignments: int, num_experts: int) -> float:
   error below 2 %).
   """
   draws = np.random.default_rng(0).multinomial(
-    num_assignments, [1.0 / num_experts] * num_experts, size=1000)
+    num_assignments, [1.0 / num_experts] * num_experts, size=1000
+  )
   return float(draws.max(axis=1).mean() * num_experts / num_assignments - 1.0)

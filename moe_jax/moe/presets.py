@@ -1,12 +1,20 @@
 """Named routers of papers, as values of the stages. An ablation changes one field of a preset."""
 
 import dataclasses
-import difflib
 
+from moe_jax.choices import did_you_mean
 from moe_jax.errors import UserError
 from moe_jax.moe.types import (
-  BalanceFraction, BalanceScope, CapacityConvention, Grouping, Overflow, Rounding, RoutingConfig,
-  Selection, Weighting)
+  BalanceFraction,
+  BalanceScope,
+  CapacityConvention,
+  Grouping,
+  Overflow,
+  Rounding,
+  RoutingConfig,
+  Selection,
+  Weighting,
+)
 
 _PRESETS: dict[str, dict] = {
   # Switch Transformer, arXiv 2101.03961: top-1 weighted by its probability (Eq. 2), capacity
@@ -14,34 +22,59 @@ _PRESETS: dict[str, dict] = {
   # and no evaluation factor; Mesh TensorFlow, where it was trained, floors and takes 1.25 and 2.0
   # (tensorflow/mesh, mesh_tensorflow/transformer/moe.py).
   "switch": dict(
-    num_experts=8, top_k=1, weighting=Weighting.RAW,
-    capacity_convention=CapacityConvention.PER_TOKEN, capacity_factor=1.25,
-    eval_capacity_factor=2.0, capacity_rounding=Rounding.FLOOR,
-    balance_fraction=BalanceFraction.FIRST_CHOICE, balance_scope=BalanceScope.GROUP,
-    balance_loss_weight=0.01),
+    num_experts=8,
+    top_k=1,
+    weighting=Weighting.RAW,
+    capacity_convention=CapacityConvention.PER_TOKEN,
+    capacity_factor=1.25,
+    eval_capacity_factor=2.0,
+    capacity_rounding=Rounding.FLOOR,
+    balance_fraction=BalanceFraction.FIRST_CHOICE,
+    balance_scope=BalanceScope.GROUP,
+    balance_loss_weight=0.01,
+  ),
   # GShard, arXiv 2006.16668 Algorithm 1: top-2 in local groups, weights normalised before drops,
   # second expert at random, capacity 2S/E, auxiliary loss of first choices per group.
   "gshard": dict(
-    num_experts=8, top_k=2, selection=Selection.RANDOM_SECOND, weighting=Weighting.RENORMALIZED,
-    capacity_convention=CapacityConvention.PER_ASSIGNMENT, capacity_factor=1.0,
-    eval_capacity_factor=1.0, grouping=Grouping.SEQUENCE,
-    balance_fraction=BalanceFraction.FIRST_CHOICE, balance_scope=BalanceScope.GROUP,
-    balance_loss_weight=0.01),
+    num_experts=8,
+    top_k=2,
+    selection=Selection.RANDOM_SECOND,
+    weighting=Weighting.RENORMALIZED,
+    capacity_convention=CapacityConvention.PER_ASSIGNMENT,
+    capacity_factor=1.0,
+    eval_capacity_factor=1.0,
+    grouping=Grouping.SEQUENCE,
+    balance_fraction=BalanceFraction.FIRST_CHOICE,
+    balance_scope=BalanceScope.GROUP,
+    balance_loss_weight=0.01,
+  ),
   # GLaM, arXiv 2112.06905: GShard's gating with the second expert always used; capacity factor 2
   # counts slots per token.
   "glam": dict(
-    num_experts=64, top_k=2, weighting=Weighting.RENORMALIZED,
-    capacity_convention=CapacityConvention.PER_TOKEN, capacity_factor=2.0,
-    eval_capacity_factor=2.0, capacity_rounding=Rounding.FLOOR, grouping=Grouping.SEQUENCE,
-    balance_fraction=BalanceFraction.FIRST_CHOICE, balance_scope=BalanceScope.GROUP,
-    balance_loss_weight=0.01),
+    num_experts=64,
+    top_k=2,
+    weighting=Weighting.RENORMALIZED,
+    capacity_convention=CapacityConvention.PER_TOKEN,
+    capacity_factor=2.0,
+    eval_capacity_factor=2.0,
+    capacity_rounding=Rounding.FLOOR,
+    grouping=Grouping.SEQUENCE,
+    balance_fraction=BalanceFraction.FIRST_CHOICE,
+    balance_scope=BalanceScope.GROUP,
+    balance_loss_weight=0.01,
+  ),
   # Mixtral, arXiv 2401.04088 section 2.1: softmax over the two selected logits, no token dropped;
   # the released code's auxiliary loss counts both choices over all tokens, with the released
   # config's coefficient.
   "mixtral": dict(
-    num_experts=8, top_k=2, weighting=Weighting.SOFTMAX_SELECTED, overflow=Overflow.DROPLESS,
-    balance_fraction=BalanceFraction.ALL_CHOICES, balance_scope=BalanceScope.BATCH,
-    balance_loss_weight=0.02),
+    num_experts=8,
+    top_k=2,
+    weighting=Weighting.SOFTMAX_SELECTED,
+    overflow=Overflow.DROPLESS,
+    balance_fraction=BalanceFraction.ALL_CHOICES,
+    balance_scope=BalanceScope.BATCH,
+    balance_loss_weight=0.02,
+  ),
 }
 
 
@@ -52,19 +85,14 @@ def preset(name: str, **overrides) -> RoutingConfig:
     UserError: an unknown preset or field, naming the nearest one.
   """
   if name not in _PRESETS:
-    raise UserError(f"router preset {name!r} does not exist; {_nearest(name, _PRESETS)}")
+    raise UserError(f"router preset {name!r} does not exist; {did_you_mean(name, _PRESETS)}")
   fields = [field.name for field in dataclasses.fields(RoutingConfig)]
   for field in overrides:
     if field not in fields:
-      raise UserError(f"routing config has no field {field!r}; {_nearest(field, fields)}")
+      raise UserError(f"routing config has no field {field!r}; {did_you_mean(field, fields)}")
   return RoutingConfig(**{**_PRESETS[name], **overrides})
 
 
 def preset_names() -> list[str]:
   """Returns the names of all presets."""
   return sorted(_PRESETS)
-
-
-def _nearest(name: str, choices) -> str:
-  close = difflib.get_close_matches(name, choices, n=1, cutoff=0.0)
-  return f"did you mean {close[0]!r}? (choices: {', '.join(sorted(choices))})"

@@ -19,7 +19,8 @@ class Router(nnx.Module):
   ):
     self.jitter = jitter
     self.kernel = parameter(
-      key, (model_dim, num_experts), ("embed", "router"), fan_in=model_dim, scale=scale)
+      key, (model_dim, num_experts), ("embed", "router"), fan_in=model_dim, scale=scale
+    )
 
   def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
     """Maps x (B, L, D) to logits (B, L, E) float32; `key` turns the jitter on."""

@@ -33,14 +33,18 @@ def route(
     UserError: shapes that do not fit, or training with a constant combine weight.
   """
   if logits.ndim != 3 or logits.shape[-1] != config.num_experts:
-    raise UserError(f"router logits have shape {logits.shape}; expected (groups, tokens,"
-                    f" num_experts = {config.num_experts})")
+    raise UserError(
+      f"router logits have shape {logits.shape}; expected (groups, tokens,"
+      f" num_experts = {config.num_experts})"
+    )
   G, S, E = logits.shape
   if token_mask is None:
     token_mask = jnp.ones((G, S), bool)
   elif token_mask.shape != (G, S) or token_mask.dtype != bool:
-    raise UserError(f"token_mask has shape {token_mask.shape} and dtype {token_mask.dtype};"
-                    f" expected {(G, S)} and bool, True = real token")
+    raise UserError(
+      f"token_mask has shape {token_mask.shape} and dtype {token_mask.dtype};"
+      f" expected {(G, S)} and bool, True = real token"
+    )
   if train:
     config.check_trainable()
   with jax.named_scope("route"):
@@ -61,14 +65,22 @@ def _route(logits_GSE, config, mask_GS, key, train):
   weight_GSK = weights.weigh(probs_GSE, logits_GSE, expert_GSK, kept_GSK, config.weighting)
 
   token_GSK = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32)[:, None], expert_GSK.shape)
-  flat = lambda a: a.reshape(G, S * config.top_k)
+  token, expert, slot, weight, kept = (
+    a.reshape(G, S * config.top_k) for a in (token_GSK, expert_GSK, slot_GSK, weight_GSK, kept_GSK)
+  )
   return RoutingPlan(
-    token=flat(token_GSK), expert=flat(expert_GSK), slot=flat(slot_GSK), weight=flat(weight_GSK),
-    valid=flat(kept_GSK),
+    token=token,
+    expert=expert,
+    slot=slot,
+    weight=weight,
+    valid=kept,
     losses={
       "load_balance": losses.load_balance_loss(probs_GSE, expert_GSK, mask_GS, config),
       "router_z": losses.router_z_loss(logits_GSE, mask_GS, config.loss_padding),
     },
-    metrics=metrics.routing_metrics(
-      probs_GSE, expert_GSK, asked_GSK, kept_GSK, mask_GS, C, config),
-    num_tokens=S, num_experts=E, capacity=C, choices=config.top_k)
+    metrics=metrics.routing_metrics(probs_GSE, expert_GSK, asked_GSK, kept_GSK, mask_GS, C, config),
+    num_tokens=S,
+    num_experts=E,
+    capacity=C,
+    choices=config.top_k,
+  )

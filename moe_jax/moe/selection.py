@@ -33,8 +33,10 @@ def select(
   used_GSK = jnp.ones_like(expert_GSK, bool)
   if config.selection == Selection.RANDOM_SECOND and train:
     if key is None:
-      raise UserError("selection = random_second draws random numbers in training: key = None"
-                      " was given, a jax.random.key is needed")
+      raise UserError(
+        "selection = random_second draws random numbers in training: key = None"
+        " was given, a jax.random.key is needed"
+      )
     used_GSK = used_GSK.at[..., 1].set(_second_is_used(top_GSK, key))
   return expert_GSK, used_GSK
 

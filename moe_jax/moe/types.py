@@ -1,4 +1,4 @@
-"""The vocabulary of the router: the axis letters, the named choices, the routing config and the routing plan.
+"""The vocabulary of the router: axis letters, named choices, the routing config, the plan.
 
 Axis letters, used in names, docstrings and einsum strings throughout the package:
 
@@ -70,7 +70,9 @@ class Priority(enum.StrEnum):
   """Place stage: which tokens ask first."""
 
   POSITION = "position"  # in the order of the sequence
-  MAX_SCORE = "max_score"  # by largest score (batch prioritised routing, arXiv 2106.05974); not causal
+  MAX_SCORE = (
+    "max_score"  # by largest score (batch prioritised routing, arXiv 2106.05974); not causal
+  )
 
 
 class Grouping(enum.StrEnum):
@@ -154,23 +156,43 @@ class RoutingConfig:
         _check_number(field, getattr(self, field.name))
     for name in ("num_experts", "min_capacity", "capacity_multiple"):
       _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-    _require(1 <= self.top_k <= self.num_experts, "top_k", self.top_k,
-             f"between 1 and num_experts = {self.num_experts}")
+    _require(
+      1 <= self.top_k <= self.num_experts,
+      "top_k",
+      self.top_k,
+      f"between 1 and num_experts = {self.num_experts}",
+    )
     for name in ("capacity_factor", "eval_capacity_factor"):
-      _require(0 < getattr(self, name) < math.inf, name, getattr(self, name),
-               "greater than 0 and finite (overflow = dropless drops nothing)")
+      _require(
+        0 < getattr(self, name) < math.inf,
+        name,
+        getattr(self, name),
+        "greater than 0 and finite (overflow = dropless drops nothing)",
+      )
     for name in ("balance_loss_weight", "z_loss_weight"):
       _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or greater")
-    _require(self.capacity is None or self.capacity >= 1, "capacity", self.capacity,
-             "at least 1, or None to use the capacity factor")
+    _require(
+      self.capacity is None or self.capacity >= 1,
+      "capacity",
+      self.capacity,
+      "at least 1, or None to use the capacity factor",
+    )
     if self.selection == Selection.RANDOM_SECOND:
       _require(self.top_k == 2, "top_k", self.top_k, "2 with selection = random_second")
     if self.grouping == Grouping.FIXED:
-      _require(self.group_size is not None and self.group_size >= 1, "group_size", self.group_size,
-               "at least 1 with grouping = fixed")
+      _require(
+        self.group_size is not None and self.group_size >= 1,
+        "group_size",
+        self.group_size,
+        "at least 1 with grouping = fixed",
+      )
     else:
-      _require(self.group_size is None, "group_size", self.group_size,
-               f"None with grouping = {self.grouping}; set grouping = fixed to use it")
+      _require(
+        self.group_size is None,
+        "group_size",
+        self.group_size,
+        f"None with grouping = {self.grouping}; set grouping = fixed to use it",
+      )
 
   def check_trainable(self) -> None:
     """Refuses weightings under which the language-model loss cannot reach the router.
@@ -185,7 +207,8 @@ class RoutingConfig:
       raise UserError(
         f"weighting = {self.weighting} with top_k = 1 makes every combine weight 1, so the"
         " language-model loss never trains the router; use weighting = raw, or top_k >= 2"
-        " (loading and inference accept it)")
+        " (loading and inference accept it)"
+      )
 
 
 def _check_number(field: dataclasses.Field, value: object) -> None:
@@ -193,7 +216,8 @@ def _check_number(field: dataclasses.Field, value: object) -> None:
   if value is None and field.type == int | None:
     return
   kind, words = (
-    (numbers.Real, "a number") if field.type is float else (numbers.Integral, "an integer"))
+    (numbers.Real, "a number") if field.type is float else (numbers.Integral, "an integer")
+  )
   # A bool is an int to Python, never to the user.
   _require(isinstance(value, kind) and not isinstance(value, bool), field.name, repr(value), words)
 
@@ -251,5 +275,8 @@ class RoutingPlan:
     shape = (self.token.shape[0], self.num_tokens, self.num_experts, self.capacity)
     # A slot beyond C marks an assignment that has none; "drop" leaves it out.
     slot_GN = jnp.where(self.valid, self.slot, self.capacity)
-    return jnp.zeros(shape, values_GN.dtype).at[groups_GN, self.token, self.expert, slot_GN].set(
-      values_GN, mode="drop")
+    return (
+      jnp.zeros(shape, values_GN.dtype)
+      .at[groups_GN, self.token, self.expert, slot_GN]
+      .set(values_GN, mode="drop")
+    )

@@ -46,21 +46,25 @@ def run_steps(config: ExperimentConfig, data: PreparedData, workdir: Path) -> Tr
     clock = _Clock(config)
     for step in range(first + 1, config.steps + 1):
       state, metrics = train_step(state, next(batches))
-      due = lambda every, step=step: step == config.steps or step % every == 0
-      if due(config.log.every) or due(config.eval.every):
+      evaluating = _is_due(step, config.eval.every, config.steps)
+      if evaluating or _is_due(step, config.log.every, config.steps):
         row = clock.row(step, metrics)
         _check_finite(row)
-        if due(config.eval.every):
+        if evaluating:
           row |= _evaluate(evaluator, state)
           clock.restart(step)
         for writer in writers:
           writer.write(row)
         progress.update(row)
-      if due(config.checkpoint.every):
+      if _is_due(step, config.checkpoint.every, config.steps):
         for writer in writers:
           writer.sync()
         checkpoints.save(step, state, save_state(batches, identity))
   return state
+
+
+def _is_due(step: int, every: int, last: int) -> bool:
+  return step == last or step % every == 0
 
 
 class _Clock:
@@ -92,7 +96,9 @@ class _Clock:
 
 
 def _restore_or_init(config, optimizer, checkpoints, batches, identity) -> tuple[TrainState, int]:
-  init = lambda: init_state(config.model, optimizer, config.seed)
+  def init():
+    return init_state(config.model, optimizer, config.seed)
+
   step = checkpoints.latest_step()
   if step is None:
     return init(), 0

@@ -92,6 +92,9 @@ def _difference(old: dict, new: dict, path: str = "config") -> str | None:
       if difference := _difference(a, b, f"{path}.{key}"):
         return difference
     elif a != b:
-      show = lambda value: "a section" if isinstance(value, dict) else repr(value)
-      return f"{path}.{key} is {show(a)} there and {show(b)} here"
+      return f"{path}.{key} is {_show(a)} there and {_show(b)} here"
   return None
+
+
+def _show(value: Any) -> str:
+  return "a section" if isinstance(value, dict) else repr(value)

@@ -103,7 +103,10 @@ def expert_tokens(
     ):
       ids = np.take_along_axis(_grouped(batch["tokens"], expert.shape[0]), token, axis=1)
       count.add(ids, expert[..., None], valid)
-  decode = lambda token: data.tokenizer.decode([token])
+
+  def decode(token):
+    return data.tokenizer.decode([token])
+
   return [
     {"layer": layer, "experts": count.top_tokens(decode, _TOP_TOKENS)}
     for layer, count in zip(layers, counts, strict=True)

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from synthetic_run import write_metrics, write_run
+from analysis.synthetic_run import write_metrics, write_run
 
 from moe_jax.analysis import heatmap, panels, svg, text
 from moe_jax.analysis.loss_figure import compressor_rules, draw_loss, smoothed

@@ -8,7 +8,7 @@ import zlib
 from html.parser import HTMLParser
 
 import pytest
-from synthetic_run import write_metrics, write_run
+from analysis.synthetic_run import write_metrics, write_run
 
 from moe_jax.analysis.report import write_report
 from moe_jax.errors import UserError

@@ -13,8 +13,8 @@ def test_defaults_are_valid():
 @pytest.mark.parametrize(
   ("field", "value", "message"),
   [
-    ("corpus", "sotu_1790_1871", "did you mean 'sotu_1790_1870'"),
-    ("tokenizer", "bites", "did you mean 'bytes'"),
+    ("corpus", "sotu_1790_1871", "did you mean sotu_1790_1870"),
+    ("tokenizer", "bites", "did you mean bytes"),
     ("sequence_length", 1, "sequence_length is 1, but must be an integer of at least 2"),
     ("sequence_length", 128.0, "sequence_length is 128.0"),
     ("sequence_length", True, "sequence_length is True"),

@@ -36,7 +36,7 @@ def test_decode_takes_an_iterator():
 
 
 def test_unknown_tokenizer_names_the_nearest():
-  with pytest.raises(UserError, match="unknown tokenizer 'byte'; did you mean 'bytes'"):
+  with pytest.raises(UserError, match="unknown tokenizer 'byte'; did you mean bytes"):
     get_tokenizer("byte")
 
 

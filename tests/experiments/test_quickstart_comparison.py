@@ -12,9 +12,19 @@ from experiments.quickstart import compare
 def test_tiny_comparison(tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tiny.ROOT)
   small = [f"{name}={value}" for name, value in tiny.OVERRIDES.items()]
-  monkeypatch.setattr(sys, "argv", [
-    "compare", f"--workdir={tmp_path / 'runs'}", f"--out={tmp_path / 'out'}", "--seeds=0,1",
-    "--rounds=2", *small, "steps=3"])
+  monkeypatch.setattr(
+    sys,
+    "argv",
+    [
+      "compare",
+      f"--workdir={tmp_path / 'runs'}",
+      f"--out={tmp_path / 'out'}",
+      "--seeds=0,1",
+      "--rounds=2",
+      *small,
+      "steps=3",
+    ],
+  )
   compare.main()
   results = json.loads((tmp_path / "out" / "results.json").read_text())
   baseline = json.loads((tmp_path / "out" / "dense_baseline.json").read_text())
@@ -43,5 +53,6 @@ def test_recorded_results_are_those_of_the_shipped_config():
     assert results[variant]["points"][-1][0] == config.steps
     assert len(results[variant]["seeds"]) >= 3
   assert statistics.mean(results["moe"]["eval_loss"]) < statistics.mean(
-    results["dense"]["eval_loss"])
+    results["dense"]["eval_loss"]
+  )
   assert results["step_time"]["ratio"] <= 1.5

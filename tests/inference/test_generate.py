@@ -1,5 +1,7 @@
 """Generation: greedy and sampled, cached and not, padded and not, and what it refuses."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,3 +132,21 @@ def test_an_unknown_id_in_padding_is_accepted():
   np.testing.assert_array_equal(
     filled[:, 4:], generate(MODEL, jnp.asarray(PROMPTS), NEW, token_mask=mask)[:, 4:]
   )
+
+
+def test_a_window_of_the_training_length_makes_far_tokens_forget_the_start():
+  # Two prompts that differ in their first token alone: with a window of 2 over 2 layers nothing of
+  # it reaches a token 5 places on, without a window it does.
+  near = tiny_config(attention=dataclasses.replace(tiny_config().attention, window=2))
+  a = np.array([[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]], np.int32)
+  b = np.where(np.arange(10) == 0, 11, a).astype(np.int32)
+  assert (run(near, a)[0, 9] == run(near, b)[0, 9]).all()
+  assert (run(near, a)[0, 1] != run(near, b)[0, 1]).any()
+  assert (run(tiny_config(), a)[0, 9] != run(tiny_config(), b)[0, 9]).any()
+
+
+def test_a_window_gives_the_same_tokens_with_and_without_a_cache():
+  config = tiny_config(attention=dataclasses.replace(tiny_config().attention, window=3))
+  model = random_model(config)
+  cached = generate(model, PROMPTS, 6)
+  assert (cached == generate(model, PROMPTS, 6, use_cache=False)).all()

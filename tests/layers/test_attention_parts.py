@@ -8,11 +8,17 @@ from comparison import relative_error
 from flax import nnx
 from oracles import language_model
 
-from moe_jax.layers.attention import Attention, AttentionConfig, AttentionContext, causal_mask
+from moe_jax.layers.attention import (
+  Attention,
+  AttentionConfig,
+  AttentionContext,
+  attend,
+  attention_mask,
+)
 from moe_jax.layers.dropout import dropout, split_key
 from moe_jax.layers.mlp import Activation, FeedForwardConfig, feed_forward
 from moe_jax.layers.norms import RMSNorm
-from moe_jax.layers.rotary import apply_rotary
+from moe_jax.layers.rotary import apply_rotary, rotary_table
 
 # Float32 against float64 over sums of tens of terms.
 TOLERANCE = 1e-6
@@ -22,16 +28,33 @@ def random(*shape, seed=0):
   return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def test_causal_mask_by_hand():
-  # Token 1 is padding; tokens 0..2 are one document, 3 another.
-  token_mask = jnp.array([[True, False, True, True]])
-  segment_ids = jnp.array([[1, 1, 1, 2]])
-  expected = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 1]]
-  mask = causal_mask(token_mask, segment_ids)
-  assert mask.shape == (1, 1, 4, 4)
-  np.testing.assert_array_equal(mask[0, 0], np.array(expected, bool))
-  expected[3] = [1, 0, 1, 1]
-  np.testing.assert_array_equal(causal_mask(token_mask, None)[0, 0], np.array(expected, bool))
+def mask_of(token_mask, window=None):
+  """The mask of a call without a cache: positions count the real tokens."""
+  token_mask = jnp.asarray(token_mask)
+  positions = jnp.maximum(jnp.cumsum(token_mask, axis=1) - 1, 0)
+  return attention_mask(jnp.arange(token_mask.shape[1]), positions, token_mask, positions, window)
+
+
+def test_attention_mask_by_hand():
+  # Token 1 is padding: it sees itself and is seen by no other.
+  expected = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]]
+  mask = mask_of([[True, False, True, True]])
+  np.testing.assert_array_equal(mask[0], np.array(expected, bool))
+
+
+def test_window_counts_real_tokens():
+  # Two real tokens back: padding in between takes no place in the window.
+  expected = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 1, 1]]
+  mask = mask_of([[True, False, True, True]], window=2)
+  np.testing.assert_array_equal(mask[0], np.array(expected, bool))
+
+
+def test_attention_equals_jax():
+  q, k, v = random(2, 5, 6, 4), random(2, 7, 3, 4, seed=1), random(2, 7, 3, 4, seed=2)
+  mask = np.random.default_rng(3).random((2, 5, 7)) < 0.6
+  mask[..., 0] = True
+  expected = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+  assert relative_error(attend(*map(jnp.asarray, (q, k, v, mask))), expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
@@ -39,7 +62,8 @@ def test_grouped_query_attention_equals_the_loops(num_kv_heads):
   config = AttentionConfig(num_heads=4, num_kv_heads=num_kv_heads, head_dim=6, rope_theta=50.0)
   layer = Attention(8, config, key=jax.random.key(0), scale=3.0)
   x, positions = random(1, 5, 8), np.array([[0, 2, 3, 7, 11]], np.int32)
-  context = AttentionContext(jnp.asarray(positions), causal_mask(jnp.ones((1, 5), bool), None))
+  rotary = rotary_table(jnp.asarray(positions), 6, 50.0)
+  context = AttentionContext(rotary, mask_of(np.ones((1, 5), bool)))
   y, cache = jax.jit(lambda x: layer(x, context))(jnp.asarray(x))
   assert cache is None
   weights = jax.tree.map(np.float64, nnx.to_pure_dict(nnx.state(layer)))
@@ -50,7 +74,7 @@ def test_grouped_query_attention_equals_the_loops(num_kv_heads):
 @pytest.mark.parametrize("theta", [100.0, 10_000.0])
 def test_rotary_equals_the_loops_far_from_the_start(theta):
   x, positions = random(1, 3, 2, 6), np.array([[0, 17, 1000]], np.int32)
-  y = apply_rotary(jnp.asarray(x), jnp.asarray(positions), theta)
+  y = apply_rotary(jnp.asarray(x), rotary_table(jnp.asarray(positions), 6, theta))
   # An angle of 1000 radians is rounded to 3e-5 in float32.
   assert relative_error(y[0], language_model.rotary(x[0], positions[0], base=theta)) <= 6e-5
 

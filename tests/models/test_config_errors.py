@@ -1,5 +1,6 @@
 """Configs refuse what cannot be, in one sentence with the value and the nearest valid choice."""
 
+import dataclasses
 import json
 
 import pytest
@@ -38,8 +39,8 @@ REFUSED = [
   (tiny_config, dict(segments=(("attention:moe", 2.0),)), r"pair such as \('attention"),
   (tiny_config, dict(segments=(("attention:moe", True),)), r"pair such as \('attention"),
   (tiny_config, dict(segments=("attention:moe", 2)), r"pair such as \('attention"),
-  (tiny_config, dict(segments=(("attention:mo", 2),)), "'attention:mo' .* mean 'attention:moe'"),
-  (tiny_config, dict(segments=(("atention:dense", 2),)), "did you mean 'attention:dense'"),
+  (tiny_config, dict(segments=(("attention:mo", 2),)), "'attention:mo' .* mean attention:moe"),
+  (tiny_config, dict(segments=(("atention:dense", 2),)), "did you mean attention:dense"),
   (tiny_config, dict(segments=(("attention", 2),)), "'attention' is not one of attention:dense"),
   (attention, dict(num_heads=0), "num_heads = 0 .* at least 1"),
   (attention, dict(num_kv_heads=0), "num_kv_heads = 0 .* at least 1"),
@@ -75,6 +76,11 @@ def test_a_moe_block_without_moe_is_refused():
       attention=config.attention,
       mlp=config.mlp,
     )
+
+
+def test_moe_without_a_moe_block_is_refused():
+  with pytest.raises(UserError, match="has no moe block, so moe would be ignored"):
+    dataclasses.replace(tiny_config(), segments=(("attention:dense", 2),))
 
 
 def test_text_choices_become_members():

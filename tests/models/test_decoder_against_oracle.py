@@ -29,8 +29,10 @@ L = 7
 
 def oracle_options(config, length=L):
   """Returns the options of `oracles.decoder.logits` that say the same as the config."""
-  routing = config.moe.routing
-  route = dict(top_k=routing.top_k, capacity=length, weighting=str(routing.weighting))
+  route = {}
+  if config.moe is not None:
+    routing = config.moe.routing
+    route = dict(top_k=routing.top_k, capacity=length, weighting=str(routing.weighting))
   return dict(
     activation=str(config.mlp.activation),
     route=route,

@@ -12,7 +12,8 @@ from flax import nnx
 from tiny_models import DENSE, MOE, random_model, random_tokens, run, tiny_config
 
 from moe_jax.errors import UserError
-from moe_jax.layers.attention import AttentionContext, causal_mask
+from moe_jax.layers.attention import AttentionContext
+from moe_jax.layers.rotary import rotary_table
 from moe_jax.models.stack import ScannedSegment
 
 PLAIN = tiny_config(segments=DENSE)
@@ -104,7 +105,8 @@ def test_repeats_of_a_scan_draw_different_masks():
   segment = segment_of_two_equal_small_layers()
   x = jax.random.normal(KEYS[1], (4, 16, 8))
   mask = jnp.ones((4, 16), bool)
-  context = AttentionContext(jnp.zeros((4, 16), jnp.int32), causal_mask(mask, None))
+  rotary = rotary_table(jnp.zeros((4, 16), jnp.int32), 4, 1.0)
+  context = AttentionContext(rotary, jnp.tril(jnp.ones((4, 16, 16), bool)))
   call = jax.jit(lambda key: segment(x, context, mask, None, key=key, train=True)[0] - x)
   both = call(None)
   kept = np.round(np.asarray(call(KEYS[1]) / both)[np.abs(both) > 1e-5])

@@ -91,12 +91,12 @@ def test_a_layer_that_cannot_be_is_refused(fields, value, remedy):
 
 def test_an_unknown_preset_names_the_nearest():
   text = message(preset, "mixtrl")
-  assert "'mixtrl'" in text and "did you mean 'mixtral'?" in text
+  assert "'mixtrl'" in text and "did you mean mixtral?" in text
 
 
 def test_an_unknown_field_of_a_preset_names_the_nearest():
   text = message(preset, "switch", num_expert=4)
-  assert "'num_expert'" in text and "did you mean 'num_experts'?" in text
+  assert "'num_expert'" in text and "did you mean num_experts?" in text
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (2, 6, 5), (1, 2, 6, 4)])

@@ -1,5 +1,8 @@
 """`route` equals the loops of the oracle, for every pair of options, on every kind of input."""
 
+import itertools
+import random
+
 import jax
 import numpy as np
 import pytest
@@ -52,6 +55,17 @@ def show(config):
 
 
 ROWS = [config_of(row) for row in pairwise_rows(FACTORS, allowed)]
+# What decides which assignment gets which slot and weight; the rest is drawn for each row.
+INTERACTING = ("size", "weighting", "selection", "drop_order", "priority", "overflow", "grouping")
+
+
+def product_rows():
+  """Returns every allowed combination of the interacting factors."""
+  rows = []
+  for i, values in enumerate(itertools.product(*(FACTORS[name] for name in INTERACTING))):
+    drawn = {name: random.Random(i).choice(values) for name, values in FACTORS.items()}
+    rows.append({**drawn, **dict(zip(INTERACTING, values, strict=True))})
+  return [config_of(row) for row in rows if allowed(row)]
 
 
 def masks():
@@ -109,6 +123,16 @@ def trains(config):
 
 @pytest.mark.parametrize("config", ROWS, ids=show)
 def test_route_equals_the_oracle(config):
+  assert_equals_oracle_on_every_kind_of_input(config)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("config", product_rows(), ids=show)
+def test_route_equals_the_oracle_in_the_whole_product(config):
+  assert_equals_oracle_on_every_kind_of_input(config)
+
+
+def assert_equals_oracle_on_every_kind_of_input(config):
   kinds = inputs(config.num_experts)
   cases = [("plain", mask) for mask in masks()] + [(kind, "right") for kind in kinds]
   for kind, mask in dict.fromkeys(cases):

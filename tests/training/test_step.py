@@ -47,6 +47,13 @@ def leaves(params: nnx.State) -> list[np.ndarray]:
   return [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
 
 
+def router_kernel(state) -> np.ndarray:
+  """The router of the first MoE block of the repeated pattern, all repeats."""
+  return np.asarray(
+    state.params["segments"][0]["blocks"][1]["feed_forward"]["router"]["kernel"][...]
+  )
+
+
 def test_first_loss_is_that_of_a_uniform_guess():
   # Small initial weights (init_scale 0.1) leave the logits of the head near unit variance, which
   # adds about half a nat to ln V.
@@ -117,10 +124,7 @@ def test_auxiliary_losses_move_the_router_and_are_logged_apart():
   assert metrics["loss"] == metrics_without["loss"]
   assert metrics["aux_loss"] == metrics_without["aux_loss"] > 0.9
   assert metrics["z_loss"] > 0
-  routers = [
-    np.asarray(state.params["segments"][0]["blocks"][1]["feed_forward"]["router"]["kernel"][...])
-    for state in (with_loss, without)
-  ]
+  routers = [router_kernel(state) for state in (with_loss, without)]
   assert relative_error(*routers) > 1e-3
 
 
@@ -163,10 +167,7 @@ def test_every_trainable_preset_trains_through_the_whole_step():
     before = init_state(config.model, make_optimizer(config.optimizer, config.steps), config.seed)
     after, metrics = one_step(config, make_batch(), steps=2)
     assert np.isfinite(metrics["loss"])
-    kernel = lambda s: np.asarray(
-      s.params["segments"][0]["blocks"][1]["feed_forward"]["router"]["kernel"][...]
-    )
-    assert (kernel(before) != kernel(after)).any()
+    assert (router_kernel(before) != router_kernel(after)).any()
 
 
 def test_norms_are_not_decayed_and_matrices_are():
