@@ -32,7 +32,7 @@ _RUN = Flag("workdir", FlagKind.FOLDER, "folder of a run made by moe-jax train")
 COMMANDS = {
   "train": Command(
     "train the model of a config file; the same command again resumes the run",
-    "moe_jax.training.commands:train",
+    "moe_jax.commands.training:train",
     (
       Flag("config", FlagKind.CONFIG, "config file, and one of the variants its docstring lists"),
       Flag("workdir", FlagKind.FOLDER, "folder of the run: metrics, checkpoints, report"),
@@ -40,12 +40,12 @@ COMMANDS = {
   ),
   "eval": Command(
     "evaluate a checkpoint of a run",
-    "moe_jax.training.commands:evaluate",
+    "moe_jax.commands.training:evaluate",
     (_RUN, Flag("step", FlagKind.INTEGER, "checkpoint to evaluate; the latest if absent", None)),
   ),
   "generate": Command(
     "continue a prompt with the model of a run",
-    "moe_jax.inference.commands:generate",
+    "moe_jax.commands.generation:generate",
     (
       _RUN,
       Flag("prompt", FlagKind.TEXT, "text to continue"),
@@ -56,7 +56,7 @@ COMMANDS = {
   ),
   "report": Command(
     "write the report of a run: curves, routing, samples",
-    "moe_jax.analysis.commands:report",
+    "moe_jax.commands.reporting:report",
     (_RUN, Flag("compare", FlagKind.FOLDERS, "another run to set beside it; repeatable", ())),
   ),
 }

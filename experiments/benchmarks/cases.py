@@ -36,7 +36,7 @@ class Shape:
   num_experts: int
   top_k: int
   network: FeedForwardConfig
-  group_sizes: tuple[int, ...]
+  rows_per_expert: tuple[int, ...]
   capacity_factors: tuple[float, ...]
 
 
@@ -120,9 +120,9 @@ def _routings(shape: Shape, form: Dispatch) -> Iterator[RoutingConfig]:
     yield dataclasses.replace(base, overflow=Overflow.DROPLESS)
     return
   # Only the cost of the einsum depends on the group size.
-  group_sizes = shape.group_sizes if form == Dispatch.EINSUM else shape.group_sizes[:1]
+  rows_per_expert = shape.rows_per_expert if form == Dispatch.EINSUM else shape.rows_per_expert[:1]
   for factor in shape.capacity_factors:
-    for group_size in group_sizes:
+    for group_size in rows_per_expert:
       yield dataclasses.replace(
         base, capacity_factor=factor, grouping=Grouping.FIXED, group_size=group_size
       )

@@ -10,7 +10,6 @@ import argparse
 import datetime
 import json
 import pathlib
-import subprocess
 import sys
 
 import jax
@@ -27,6 +26,7 @@ from experiments.benchmarks.cases import (
   make_cases,
 )
 from moe_jax.moe import Dispatch
+from moe_jax.provenance import source_commit
 
 # Groups this large make the einsum many times slower than all else: a few rounds tell enough.
 _SLOW_GROUP, _SLOW_ROUNDS = 2048, 3
@@ -129,18 +129,10 @@ def _row(row: dict) -> str:
 
 
 def _environment() -> dict[str, str]:
-  folder = pathlib.Path(__file__).parent
-  commit = subprocess.run(
-    ["git", "describe", "--always", "--dirty", "--exclude=*"],
-    cwd=folder,
-    capture_output=True,
-    text=True,
-    check=False,
-  ).stdout.strip()
   return {
     "device": f"{jax.devices()[0].platform} ({jax.devices()[0].device_kind})",
     "jax": jax.__version__,
-    "commit": commit or "unknown",
+    "commit": source_commit() or "unknown",
     "date": datetime.date.today().isoformat(),
   }
 

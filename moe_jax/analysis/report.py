@@ -101,7 +101,7 @@ def _subtitle(run: Run) -> str:
   facts = []
   if run.layers:
     experts = moe.get("num_experts")
-    facts.append(f"{moe['preset']} routing" if moe.get("preset") else "mixture of experts")
+    facts.append("mixture of experts")
     facts += [f"{experts} expert{'s' if experts != 1 else ''}"] if experts else []
     facts += [f"top-{moe['top_k']}"] if moe.get("top_k") else []
     facts.append(f"MoE in layers {', '.join(map(str, run.layers))}")

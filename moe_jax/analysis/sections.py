@@ -168,13 +168,12 @@ def sample(run: Run) -> str:
   if not text:
     return section("sample", "Sample", missing("summary.json holds no sample."))
   prompt = str(run.result("sample.prompt") or "")
-  continued = text[len(prompt) :] if prompt and text.startswith(prompt) else text
   temperature = run.result("sample.temperature")
   drawn = f" at temperature {temperature:g}" if finite(temperature) else ""
   return section(
     "sample",
     "Sample",
-    f'<pre class="sample"><b>{escape(prompt)}</b>{escape(continued)}</pre>',
+    f'<pre class="sample"><b>{escape(prompt)}</b>{escape(text)}</pre>',
     caption(f"Bold is the prompt; the rest was drawn{drawn}, unedited."),
   )
 

@@ -7,7 +7,6 @@ into dataclasses that validate themselves, and every fault into one `UserError`.
 longer than a command line needs to print its help.
 """
 
-from moe_jax.choices import did_you_mean, nearest
 from moe_jax.config.command_line import Flag, FlagKind, parse_command_line
 from moe_jax.config.schema import dataclass_from, to_mapping
 
@@ -15,8 +14,6 @@ __all__ = [
   "Flag",
   "FlagKind",
   "dataclass_from",
-  "did_you_mean",
-  "nearest",
   "parse_command_line",
   "to_mapping",
 ]

@@ -142,13 +142,18 @@ def _check_prompts(tokens, token_mask, vocab_size: int) -> None:
     )
 
 
-def _check_sampling(max_new_tokens, temperature, key) -> None:
-  if max_new_tokens < 0:
-    raise UserError(f"max_new_tokens = {max_new_tokens} is refused: it must be 0 or greater")
+def check_temperature(temperature: float) -> None:
+  """Raises UserError unless `temperature` is 0 (greedy) or a number that float32 can divide by."""
   if temperature != 0 and not temperature >= _COLDEST:
     raise UserError(
       f"temperature = {temperature} is refused: it must be 0 (greedy) or at least {_COLDEST}"
     )
+
+
+def _check_sampling(max_new_tokens, temperature, key) -> None:
+  if max_new_tokens < 0:
+    raise UserError(f"max_new_tokens = {max_new_tokens} is refused: it must be 0 or greater")
+  check_temperature(temperature)
   if temperature > 0 and key is None:
     raise UserError(
       f"temperature = {temperature} samples: key = None was given, a jax.random.key is needed"

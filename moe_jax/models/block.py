@@ -11,31 +11,40 @@ from moe_jax.models.config import ModelConfig
 from moe_jax.moe.layer import MoEAux, MoELayer
 
 
+def _attention(config: ModelConfig, key: jax.Array) -> Attention:
+  return Attention(
+    config.model_dim,
+    config.attention,
+    key=key,
+    scale=config.init_scale,
+    dropout_rate=config.dropout,
+  )
+
+
+def _dense(config: ModelConfig, key: jax.Array) -> FeedForward:
+  return FeedForward(config.model_dim, config.mlp, key=key, scale=config.init_scale)
+
+
+def _experts(config: ModelConfig, key: jax.Array) -> MoELayer:
+  return MoELayer(config.model_dim, config.moe, key=key, init_scale=config.init_scale)
+
+
+# The names that patterns use, see `ModelConfig.segments`.
+_MIXERS = {"attention": _attention}
+_FEED_FORWARDS = {"dense": _dense, "moe": _experts}
+
+
 class Block(nnx.Module):
   """x + mixer(norm(x)), then x + feed_forward(norm(x))."""
 
   def __init__(self, config: ModelConfig, kind: tuple[str, str], *, key: jax.Array):
-    _, feed_forward = kind
+    mixer, feed_forward = kind
     mixer_key, ff_key = jax.random.split(key)
     self.dropout_rate = config.dropout
     self.mixer_norm = RMSNorm(config.model_dim, config.norm_epsilon)
-    self.mixer = Attention(
-      config.model_dim,
-      config.attention,
-      key=mixer_key,
-      scale=config.init_scale,
-      dropout_rate=config.dropout,
-    )
+    self.mixer = _MIXERS[mixer](config, mixer_key)
     self.feed_forward_norm = RMSNorm(config.model_dim, config.norm_epsilon)
-    self.has_experts = feed_forward == "moe"
-    if self.has_experts:
-      self.feed_forward = MoELayer(
-        config.model_dim, config.moe, key=ff_key, init_scale=config.init_scale
-      )
-    else:
-      self.feed_forward = FeedForward(
-        config.model_dim, config.mlp, key=ff_key, scale=config.init_scale
-      )
+    self.feed_forward = _FEED_FORWARDS[feed_forward](config, ff_key)
 
   def __call__(
     self,
@@ -55,6 +64,6 @@ class Block(nnx.Module):
     return x + dropout(y, self.dropout_rate, drop_key), cache, aux
 
   def _feed_forward(self, x, token_mask, key, train):
-    if self.has_experts:
+    if isinstance(self.feed_forward, MoELayer):
       return self.feed_forward(x, token_mask=token_mask, key=key, train=train)
     return self.feed_forward(x, key=key), None

@@ -57,7 +57,8 @@ class ModelConfig:
     moe: the feed-forward "moe"; None if no block uses it.
     tie_embeddings: the head is the transposed embedding.
     dropout: rate on the embedding and on the output of every mixer and feed-forward, in training.
-    init_scale: see `moe_jax.layers.parameters.parameter`; Switch uses 0.1.
+    init_scale: of the blocks' matrices, see `moe_jax.layers.parameters.parameter`; Switch uses
+      0.1. Embedding and head keep 1.0.
     norm_epsilon: of every RMSNorm.
     dtype: of activations, "float32" or "bfloat16"; parameters and the router stay float32.
     remat: memory for work in the backward pass.

@@ -25,15 +25,17 @@ class ModelAux:
   Attributes:
     router_logits: list of (B, L, E) float32.
     plans: list of `RoutingPlan`.
-    losses: `load_balance`, `router_z`: float32 means over layers, without coefficients;
-      `weighted`: the sum over layers of coefficient * loss, the term added to the objective
-      (Switch, arXiv 2101.03961 section 2.2: "for each Switch layer").
+    losses: `load_balance`, `router_z`: float32 means over layers, without coefficients.
+    weighted_loss: float32 scalar, the sum over layers of coefficient * loss: the term added to the
+      objective (Switch, arXiv 2101.03961 section 2.2: "for each Switch layer"). Some code bases
+      take the mean over layers instead: divide the coefficients by the number of MoE layers.
     metrics: float32 means over layers; per layer see `plans[i].metrics`.
   """
 
   router_logits: list[jax.Array]
   plans: list[RoutingPlan]
   losses: dict[str, jax.Array]
+  weighted_loss: jax.Array
   metrics: dict[str, jax.Array]
 
 
@@ -197,13 +199,15 @@ class Decoder(nnx.Module):
     plans = [record.plan for record in records]
     losses = _mean([plan.losses for plan in plans])
     metrics = _mean([plan.metrics for plan in plans])
+    weighted = jnp.float32(0.0)
     if plans:
       routing = self.config.moe.routing
-      losses["weighted"] = len(plans) * (
+      weighted = len(plans) * (
         routing.balance_loss_weight * losses["load_balance"]
         + routing.z_loss_weight * losses["router_z"]
       )
-    return ModelAux([r.router_logits for r in records], plans, losses, metrics)
+    logits = [record.router_logits for record in records]
+    return ModelAux(logits, plans, losses, weighted, metrics)
 
   def _check_key(self, train, key) -> None:
     moe_key = self.config.moe is not None and self.config.moe.needs_key

@@ -15,7 +15,7 @@ SegmentCache = tuple[KVCache | None, ...] | None
 
 _REMAT_POLICIES = {
   Remat.FULL: None,
-  Remat.DOTS: jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  Remat.DOTS: jax.checkpoint_policies.dots_saveable,
 }
 
 

@@ -24,7 +24,11 @@ from moe_jax.moe.types import RoutingPlan
 
 
 class Dispatch(enum.StrEnum):
-  """How tokens travel to experts; a choice of speed, never of result."""
+  """How tokens travel to experts: the same result at other costs.
+
+  Dropless routing wants `ragged`: the other two keep a buffer of S slots for every expert. Forms
+  draw different masks for `expert_dropout`.
+  """
 
   EINSUM = "einsum"
   GATHER = "gather"
@@ -42,14 +46,14 @@ class SlottedRows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RaggedRows:
-  """Tokens sorted by expert: rows (G*N, D), the first `group_sizes[0]` for expert 0 and so on.
+  """Tokens sorted by expert: rows (G*N, D), the first `rows_per_expert[0]` for expert 0 and so on.
 
-  group_sizes: (E,) int32. Rows beyond their sum are zeros and belong to no expert.
+  rows_per_expert: (E,) int32. Rows beyond their sum are zeros and belong to no expert.
   position: (G, N) int32, the row of each assignment of the plan.
   """
 
   rows: jax.Array
-  group_sizes: jax.Array
+  rows_per_expert: jax.Array
   position: jax.Array
 
 

@@ -45,6 +45,6 @@ def apply_experts(
 
   if isinstance(rows, SlottedRows):
     return SlottedRows(jax.vmap(network)(rows.rows, weights, keys))
-  block = block_rows(rows.rows.shape[0], rows.group_sizes.shape[0])
-  out = grouped_apply(network, block, rows.rows, rows.group_sizes, weights, keys)
-  return RaggedRows(out, rows.group_sizes, rows.position)
+  block = block_rows(rows.rows.shape[0], rows.rows_per_expert.shape[0])
+  out = grouped_apply(network, block, rows.rows, rows.rows_per_expert, weights, keys)
+  return RaggedRows(out, rows.rows_per_expert, rows.position)

@@ -29,7 +29,7 @@ def block_rows(num_rows: int, num_experts: int) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def grouped_apply(
-  fn: RowFunction, block: int, rows: jax.Array, group_sizes: jax.Array, weights: Any, keys: Any
+  fn: RowFunction, block: int, rows: jax.Array, rows_per_expert: jax.Array, weights: Any, keys: Any
 ) -> jax.Array:
   """Applies `fn` to consecutive groups of rows, group e with `weights[e]`.
 
@@ -37,7 +37,7 @@ def grouped_apply(
     fn: maps rows of one expert to rows of the same width, each row on its own.
     block: rows handled at a time, see `block_rows`; all rows if there are fewer.
     rows: (N, D), sorted by expert.
-    group_sizes: (E,) int32, sums to at most N.
+    rows_per_expert: (E,) int32, sums to at most N.
     weights: a pytree of floating arrays whose leaves have a leading axis E.
     keys: (E,) random keys for `fn`, or None.
 
@@ -45,10 +45,10 @@ def grouped_apply(
     (N, D); rows beyond the last group are zeros. Gradients: an expert without rows gets exactly 0;
     weight gradients accumulate in float32 whatever the dtype of rows and weights.
   """
-  return _forward(fn, block, rows, group_sizes, weights, keys)
+  return _forward(fn, block, rows, rows_per_expert, weights, keys)
 
 
-def _forward(fn, block, rows, group_sizes, weights, keys):
+def _forward(fn, block, rows, rows_per_expert, weights, keys):
   block = min(block, rows.shape[0])
 
   def expert(out, per_expert):
@@ -61,17 +61,17 @@ def _forward(fn, block, rows, group_sizes, weights, keys):
 
     return jax.lax.fori_loop(0, _num_blocks(size, block), step, out), None
 
-  out, _ = jax.lax.scan(expert, jnp.zeros_like(rows), _per_expert(group_sizes, weights, keys))
+  out, _ = jax.lax.scan(expert, jnp.zeros_like(rows), _per_expert(rows_per_expert, weights, keys))
   return out
 
 
-def _save(fn, block, rows, group_sizes, weights, keys):
-  out = _forward(fn, block, rows, group_sizes, weights, keys)
-  return out, (rows, group_sizes, weights, keys)
+def _save(fn, block, rows, rows_per_expert, weights, keys):
+  out = _forward(fn, block, rows, rows_per_expert, weights, keys)
+  return out, (rows, rows_per_expert, weights, keys)
 
 
 def _backward(fn, block, saved, dout):
-  rows, group_sizes, weights, keys = saved
+  rows, rows_per_expert, weights, keys = saved
   block = min(block, rows.shape[0])
 
   def expert(drows, per_expert):
@@ -92,7 +92,7 @@ def _backward(fn, block, saved, dout):
     drows, dw = jax.lax.fori_loop(0, _num_blocks(size, block), step, (drows, zeros))
     return drows, jax.tree.map(lambda total, a: total.astype(a.dtype), dw, w)
 
-  per_expert = _per_expert(group_sizes, weights, keys)
+  per_expert = _per_expert(rows_per_expert, weights, keys)
   drows, dweights = jax.lax.scan(expert, jnp.zeros_like(rows), per_expert)
   return drows, None, dweights, None
 
@@ -100,9 +100,9 @@ def _backward(fn, block, saved, dout):
 grouped_apply.defvjp(_save, _backward)
 
 
-def _per_expert(group_sizes, weights, keys):
-  starts = jnp.cumsum(group_sizes) - group_sizes
-  return starts, group_sizes, weights, keys
+def _per_expert(rows_per_expert, weights, keys):
+  starts = jnp.cumsum(rows_per_expert) - rows_per_expert
+  return starts, rows_per_expert, weights, keys
 
 
 def _num_blocks(size, block: int):

@@ -3,12 +3,13 @@
 | name | meaning | uniform routing |
 |---|---|---|
 | `load` (E,) | fraction of assignments that ask for each expert, before any drop | 1/E |
+| `assignments` | assignments asked for, the denominator of `load` | |
 | `load_entropy` | entropy of `load` / ln E | 1 |
 | `max_violation` | max load / mean load - 1 (arXiv 2408.15664 Eq. 4) | `max_violation_floor` |
 | `max_violation_floor` | its expectation when S*G*K assignments fall at random; static | |
-| `dropped_fraction` | assignments asked for that got no slot | 0 |
-| `dropped_tokens` | tokens none of whose assignments got a slot | 0 |
-| `dead_experts` | experts nobody asked for | 0 |
+| `dropped_fraction` | fraction of the assignments asked for that got no slot | 0 |
+| `dropped_token_fraction` | fraction of tokens none of whose assignments got a slot | 0 |
+| `dead_experts` | number of experts nobody asked for | 0 |
 | `router_confidence` | mean over tokens of the largest probability | about 1/E |
 | `capacity_utilization` | filled slots / all slots | |
 | `slots_per_assignment` | all slots / (K * real tokens): below 1 drops are certain | |
@@ -47,10 +48,11 @@ def routing_metrics(
   confidence_GS = jnp.max(probs_GSE, axis=-1) * mask_GS
   metrics = {
     "load": load_E,
+    "assignments": asked,
     **load_statistics(load_E),
     "max_violation_floor": max_violation_floor(G * S * config.top_k, E),
     "dropped_fraction": (asked - kept) / jnp.maximum(asked, 1.0),
-    "dropped_tokens": jnp.sum(lost_GS) / jnp.maximum(real, 1),
+    "dropped_token_fraction": jnp.sum(lost_GS) / jnp.maximum(real, 1),
     "router_confidence": jnp.sum(confidence_GS) / jnp.maximum(real, 1),
     "capacity_utilization": kept / slots,
     # Padding asks for nothing, so counting it would announce drops that cannot happen.

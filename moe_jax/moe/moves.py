@@ -17,7 +17,7 @@ from moe_jax.moe.types import RoutingPlan
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=["token", "row", "assignment"],
-  meta_fields=["num_tokens", "choices"],
+  meta_fields=["num_tokens", "top_k"],
 )
 @dataclasses.dataclass(frozen=True)
 class Moves:
@@ -28,14 +28,14 @@ class Moves:
     row: (N,) int32, its row; the number of rows where it has none.
     assignment: (R,) int32, the inverse of `row`; N where a row is empty.
     num_tokens: T.
-    choices: K if the assignments of token t are t*K to t*K + K - 1, None in any other order.
+    top_k: K if the assignments of token t are t*K to t*K + K - 1, None in any other order.
   """
 
   token: jax.Array
   row: jax.Array
   assignment: jax.Array
   num_tokens: int
-  choices: int | None
+  top_k: int | None
 
 
 def make_moves(plan: RoutingPlan, row_GN: jax.Array, num_rows: int) -> Moves:
@@ -48,7 +48,7 @@ def make_moves(plan: RoutingPlan, row_GN: jax.Array, num_rows: int) -> Moves:
     .at[row]
     .set(jnp.arange(G * N, dtype=jnp.int32), mode="drop")
   )
-  return Moves(token.reshape(-1), row, assignment, G * plan.num_tokens, plan.choices)
+  return Moves(token.reshape(-1), row, assignment, G * plan.num_tokens, plan.top_k)
 
 
 @jax.custom_vjp
@@ -74,7 +74,7 @@ def collect(rows: jax.Array, weight: jax.Array, moves: Moves) -> jax.Array:
 
   The result has the dtype of `rows`. An assignment without a row adds nothing.
   """
-  if moves.choices is None:
+  if moves.top_k is None:
     weighted = _look_up(rows, moves.row).astype(jnp.float32) * weight[:, None]
     y = jnp.zeros((moves.num_tokens, rows.shape[1]), jnp.float32).at[moves.token].add(weighted)
   else:
@@ -82,7 +82,7 @@ def collect(rows: jax.Array, weight: jax.Array, moves: Moves) -> jax.Array:
     # One lookup a choice, rather than one of (T, K, D), lets XLA fuse them into a single sum.
     y = sum(
       _look_up(rows, row_TK[:, k]).astype(jnp.float32) * weight_TK[:, k, None]
-      for k in range(moves.choices)
+      for k in range(moves.top_k)
     )
   return y.astype(rows.dtype)
 
@@ -109,7 +109,7 @@ def _products(rows, dy, moves):
 
   # In turns of one choice a token: all N looked-up rows at once would be one more buffer.
   def by_choice(a):
-    return a.reshape(-1, moves.choices or 1).T
+    return a.reshape(-1, moves.top_k or 1).T
 
   products = jax.lax.map(product, (by_choice(moves.token), by_choice(moves.row)))
   return products.T.reshape(-1)

@@ -64,8 +64,9 @@ _PRESETS: dict[str, dict] = {
     balance_loss_weight=0.01,
   ),
   # Mixtral, arXiv 2401.04088 section 2.1: softmax over the two selected logits, no token dropped;
-  # the released code's auxiliary loss counts both choices over all tokens, with the released
-  # config's coefficient.
+  # the auxiliary loss counts both choices over all tokens. The released code takes one loss over
+  # the tokens of all layers times 0.02; ours adds up layers (`ModelAux.weighted_loss`), so divide
+  # the coefficient by their number for the released strength.
   "mixtral": dict(
     num_experts=8,
     top_k=2,

@@ -11,7 +11,7 @@ class Router(nnx.Module):
   """Router logits x W in float32, matmul included, whatever the activations' dtype.
 
   `jitter` multiplies the router's input alone by uniform noise in [1 - jitter, 1 + jitter] in
-  training (Switch, arXiv 2101.03961 section 2.2 "selective precision" and appendix C).
+  training (Switch, arXiv 2101.03961 section 2.4).
   """
 
   def __init__(

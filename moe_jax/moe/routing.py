@@ -82,5 +82,5 @@ def _route(logits_GSE, config, mask_GS, key, train):
     num_tokens=S,
     num_experts=E,
     capacity=C,
-    choices=config.top_k,
+    top_k=config.top_k,
   )

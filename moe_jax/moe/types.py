@@ -60,7 +60,11 @@ class Overflow(enum.StrEnum):
 
 
 class DropOrder(enum.StrEnum):
-  """Place stage: which assignments ask first."""
+  """Place stage: which assignments ask first.
+
+  With K >= 2 and drops, choice-major is not causal: a later token's first choice can take the slot
+  of an earlier token's second.
+  """
 
   CHOICE_MAJOR = "choice_major"  # every first choice before any second choice
   TOKEN_MAJOR = "token_major"  # all choices of a token before the next token's
@@ -230,7 +234,7 @@ def _require(holds: bool, name: str, value, expected: str) -> None:
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=["token", "expert", "slot", "weight", "valid", "losses", "metrics"],
-  meta_fields=["num_tokens", "num_experts", "capacity", "choices"],
+  meta_fields=["num_tokens", "num_experts", "capacity", "top_k"],
 )
 @dataclasses.dataclass(frozen=True)
 class RoutingPlan:
@@ -246,7 +250,7 @@ class RoutingPlan:
     losses: `load_balance`, `router_z`: float32 scalars, not yet multiplied by their coefficients.
     metrics: see `moe_jax.moe.metrics`.
     num_tokens: S. num_experts: E. capacity: C; S when dropless, which is always enough.
-    choices: K if N = S*K in token-major order, which lets combine sum without a scatter; None if
+    top_k: K if N = S*K in token-major order, which lets combine sum without a scatter; None if
       assignments come in any other order.
   """
 
@@ -260,7 +264,7 @@ class RoutingPlan:
   num_tokens: int
   num_experts: int
   capacity: int
-  choices: int | None = None
+  top_k: int | None = None
 
   def dispatch_mask(self) -> jax.Array:
     """Returns (G, S, E, C) bool: token s sits in slot c of expert e."""

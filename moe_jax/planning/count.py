@@ -49,7 +49,8 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float
   """Returns forward + backward FLOPs a token of a model that drops nothing.
 
   6 a matmul parameter (2 forward, 4 backward) and attention's two products with, on average, half
-  of the sequence: 6 * L * H * K a layer. Norms, softmax and routing's sorting are left out.
+  of the sequence: 6 * L * H * K a layer. A window is not
+  taken into account; norms, softmax and routing's sorting are left out.
   """
   attention = config.attention.num_heads * config.attention.head_dim * sequence_length
   return 6.0 * (count_parameters(config).matmul_active + len(config.layers()) * attention)

@@ -1,20 +1,29 @@
 """The experiment: everything a config file says, as dataclasses that validate themselves."""
 
 import dataclasses
+import math
 from typing import Any
 
 from moe_jax.config import dataclass_from
 from moe_jax.data.config import DataConfig
 from moe_jax.data.tokenizers import get_tokenizer
 from moe_jax.errors import UserError
+from moe_jax.inference.generate import check_temperature
 from moe_jax.models import ModelConfig
-from moe_jax.moe import MoEConfig
+from moe_jax.moe import MoEConfig, Overflow
 
 
 def _at_least(config, least, *names: str) -> None:
   for name in names:
-    if getattr(config, name) < least:
+    # "not >=" rather than "<": a NaN must not pass.
+    if not getattr(config, name) >= least:
       raise UserError(f"{name} = {getattr(config, name)} is refused: it must be at least {least}")
+
+
+def _below(config, bound, *names: str) -> None:
+  for name in names:
+    if not getattr(config, name) < bound:
+      raise UserError(f"{name} = {getattr(config, name)} is refused: it must be below {bound}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +50,22 @@ class OptimizerConfig:
 
   def __post_init__(self):
     _at_least(
-      self, 0, "learning_rate", "warmup_steps", "final_fraction", "weight_decay", "clip_norm"
+      self,
+      0,
+      "learning_rate",
+      "warmup_steps",
+      "final_fraction",
+      "weight_decay",
+      "clip_norm",
+      "b1",
+      "b2",
     )
+    _below(self, 1, "b1", "b2")
+    _below(self, math.inf, "learning_rate", "weight_decay")
+    if not 0 < self.epsilon:
+      raise UserError(f"epsilon = {self.epsilon} is refused: it must be greater than 0")
+    if self.final_fraction > 1:
+      raise UserError(f"final_fraction = {self.final_fraction} is refused: it must be at most 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +74,8 @@ class EvalConfig:
 
   Attributes:
     every: optimiser steps between evaluations; the last step is always evaluated.
-    batch_size: sequences a batch; 0 = the training batch, so that "at the training capacity" means
-      the same group size too.
+    batch_size: sequences a batch; 0 = a training microbatch, so that "at the training capacity"
+      means the same group size too.
   """
 
   every: int = 500
@@ -99,7 +122,8 @@ class SampleConfig:
   temperature: float = 0.8
 
   def __post_init__(self):
-    _at_least(self, 0, "max_new_tokens", "temperature")
+    _at_least(self, 0, "max_new_tokens")
+    check_temperature(self.temperature)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +162,7 @@ class ExperimentConfig:
 
   def __post_init__(self):
     _at_least(self, 0, "seed")
+    _below(self, 2**32, "seed")
     _at_least(self, 1, "steps", "batch_size", "accumulation_steps")
     if self.batch_size % self.accumulation_steps:
       raise UserError(
@@ -145,7 +170,13 @@ class ExperimentConfig:
         f" = {self.batch_size}"
       )
     if self.model.moe is not None:
-      self.model.moe.routing.check_trainable()
+      routing = self.model.moe.routing
+      routing.check_trainable()
+      if routing.overflow == Overflow.DROPLESS and routing.capacity is not None:
+        raise UserError(
+          f"moe.capacity = {routing.capacity} contradicts moe.overflow = dropless; set overflow ="
+          " drop to use it, or capacity = none"
+        )
 
 
 def experiment_from(mapping: Any) -> ExperimentConfig:
@@ -163,6 +194,11 @@ def experiment_from(mapping: Any) -> ExperimentConfig:
   model = {str(key): value for key, value in dict(sections.get("model", {})).items()}
   if moe is not None:
     model["moe"] = dataclass_from(MoEConfig, moe, "config.moe")
-  model.setdefault("vocab_size", get_tokenizer(data.tokenizer).vocab_size)
+  vocab_size = get_tokenizer(data.tokenizer).vocab_size
+  if model.setdefault("vocab_size", vocab_size) < vocab_size:
+    raise UserError(
+      f"config.model.vocab_size = {model['vocab_size']} is refused: the tokenizer"
+      f" {data.tokenizer} has {vocab_size} ids; leave it out, or give at least {vocab_size}"
+    )
   sections["model"] = dataclass_from(ModelConfig, model, "config.model")
   return dataclass_from(ExperimentConfig, sections, "config")

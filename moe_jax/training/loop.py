@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,23 @@ from moe_jax.training.step import make_train_step
 from moe_jax.training.writers import Progress, open_writers
 
 
-def run_steps(config: ExperimentConfig, data: PreparedData, workdir: Path) -> TrainState:
-  """Trains to the last step, from the latest checkpoint if there is one; returns the state.
+def run_steps(
+  config: ExperimentConfig, data: PreparedData, workdir: Path
+) -> tuple[TrainState, float]:
+  """Trains to the last step, from the latest checkpoint if there is one.
 
   Everything a step does is a function of the seed, the step number and the state before it, so a
   run that was killed and started again writes the same metrics (but for the wall clock) and ends
   with the same parameters, bit for bit.
+
+  Returns:
+    The last state, and the seconds spent on the run by this and earlier processes, as far as
+    checkpoints tell.
+
+  Raises:
+    UserError: the run has diverged.
   """
+  started = time.monotonic()
   optimizer = make_optimizer(config.optimizer, config.steps)
   train_step = make_train_step(config, optimizer)
   evaluator = Evaluator(config, data)
@@ -36,7 +47,7 @@ def run_steps(config: ExperimentConfig, data: PreparedData, workdir: Path) -> Tr
 
   with contextlib.ExitStack() as stack:
     checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint))
-    state, first = _restore_or_init(config, optimizer, checkpoints, batches, identity)
+    state, first, earlier = _restore_or_init(config, optimizer, checkpoints, batches, identity)
     writers = [
       stack.enter_context(contextlib.closing(w)) for w in open_writers(config.log, workdir, first)
     ]
@@ -47,20 +58,24 @@ def run_steps(config: ExperimentConfig, data: PreparedData, workdir: Path) -> Tr
     for step in range(first + 1, config.steps + 1):
       state, metrics = train_step(state, next(batches))
       evaluating = _is_due(step, config.eval.every, config.steps)
+      saving = _is_due(step, config.checkpoint.every, config.steps)
       if evaluating or _is_due(step, config.log.every, config.steps):
         row = clock.row(step, metrics)
-        _check_finite(row)
         if evaluating:
           row |= _evaluate(evaluator, state)
           clock.restart(step)
+        _check_finite(step, row)
         for writer in writers:
           writer.write(row)
         progress.update(row)
-      if _is_due(step, config.checkpoint.every, config.steps):
+      if saving:
+        _check_finite(step, metrics)
         for writer in writers:
           writer.sync()
-        checkpoints.save(step, state, save_state(batches, identity))
-  return state
+        seconds = earlier + time.monotonic() - started
+        place = {"stream": save_state(batches, identity), "wall_seconds": seconds}
+        checkpoints.save(step, state, place)
+  return state, earlier + time.monotonic() - started
 
 
 def _is_due(step: int, every: int, last: int) -> bool:
@@ -95,25 +110,28 @@ class _Clock:
     self._step, self._time = step, time.monotonic()
 
 
-def _restore_or_init(config, optimizer, checkpoints, batches, identity) -> tuple[TrainState, int]:
+def _restore_or_init(config, optimizer, checkpoints, batches, identity):
+  """Returns (state, steps done, seconds they took)."""
+
   def init():
     return init_state(config.model, optimizer, config.seed)
 
   step = checkpoints.latest_step()
   if step is None:
-    return init(), 0
+    return init(), 0, 0.0
   state, place = checkpoints.restore(step, jax.eval_shape(init))
-  restore_state(batches, place, identity)
-  return state, step
+  restore_state(batches, place["stream"], identity)
+  return state, step, place["wall_seconds"]
 
 
-def _check_finite(row: dict[str, Any]) -> None:
-  """Stops a run that has diverged, before it writes the row or a checkpoint of it."""
-  if not math.isfinite(row["loss"]):
-    raise UserError(
-      f"the loss is {row['loss']} at step {row['step']}: the run has diverged; lower"
-      " optimizer.learning_rate or optimizer.clip_norm and start in a new workdir"
-    )
+def _check_finite(step: int, metrics: Mapping[str, Any]) -> None:
+  """Stops a run that has diverged, before a row or a checkpoint of it is written."""
+  for name in ("loss", "grad_norm", "eval_loss"):
+    if name in metrics and not math.isfinite(metrics[name]):
+      raise UserError(
+        f"{name} is {float(metrics[name])} at step {step}: the run has diverged; lower"
+        " optimizer.learning_rate or optimizer.clip_norm and start in a new workdir"
+      )
 
 
 def _evaluate(evaluator: Evaluator, state: TrainState) -> dict[str, float]:

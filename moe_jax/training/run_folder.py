@@ -1,7 +1,10 @@
 """The run folder: which run it belongs to, and small files written whole or not at all."""
 
+import contextlib
+import fcntl
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +13,16 @@ from moe_jax.errors import UserError
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
+_LOCK_FILE = ".lock"
+# What a run that was killed before its config was in place leaves.
+_BEFORE_CONFIG = frozenset({_LOCK_FILE, CONFIG_FILE + ".tmp"})
 
 
 def write_json(path: Path, value: Any) -> None:
   """Writes JSON through a temporary file and a rename, so that no reader sees half of it."""
   temporary = path.with_name(path.name + ".tmp")
   with open(temporary, "w") as file:
-    json.dump(value, file, indent=2)
+    json.dump(value, file, indent=2, allow_nan=False)
     file.write("\n")
     file.flush()
     os.fsync(file.fileno())
@@ -27,39 +33,58 @@ def check_run(workdir: Path, config: dict[str, Any]) -> None:
   """Checks, without writing, that `workdir` is free or belongs to a run of this config.
 
   Raises:
-    UserError: the folder holds a run of another config (the first difference is named), or files
-      that are not a run's.
+    UserError: the folder holds a run of another config (the first difference is named) or files
+      that are not a run's, or it cannot be written.
   """
   if workdir.exists() and not workdir.is_dir():
     raise UserError(f"--workdir={workdir} is a file; expected a folder, for example {workdir}_run")
+  place = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
+  if not (place.is_dir() and os.access(place, os.W_OK)):
+    raise UserError(
+      f"--workdir={workdir} cannot be made: {place} is not a folder you may write to; give another"
+      " workdir"
+    )
   if (workdir / CONFIG_FILE).exists():
-    difference = _difference(read_config(workdir), json.loads(json.dumps(config)))
+    difference = _difference(_identity(read_config(workdir)), _identity(config))
     if difference:
       raise UserError(
         f"--workdir={workdir} holds a run of another config ({difference}); give the"
         " same config to resume it, or another workdir"
       )
-  elif workdir.is_dir() and any(workdir.iterdir()) and not _only_leftovers(workdir):
+  elif workdir.is_dir() and any(path.name not in _BEFORE_CONFIG for path in workdir.iterdir()):
     raise UserError(
       f"--workdir={workdir} is not empty and holds no run; give a new folder, for"
       f" example {workdir / 'run'}"
     )
 
 
-def claim_run(workdir: Path, config: dict[str, Any]) -> None:
-  """Makes the run folder and writes its config, unless they are there.
+@contextlib.contextmanager
+def claim_run(workdir: Path, config: dict[str, Any]) -> Iterator[None]:
+  """Makes the run folder, writes its config, and keeps other processes out while it is held.
+
+  The kernel frees the lock even of a killed process.
 
   Raises:
-    UserError: the folder cannot be written.
+    UserError: the folder cannot be written, or another process is training in it.
   """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    if not (workdir / CONFIG_FILE).exists():
-      write_json(workdir / CONFIG_FILE, config)
+    lock = (workdir / _LOCK_FILE).open("w")
   except OSError as error:
     raise UserError(
       f"--workdir={workdir} cannot be written ({error.strerror}); give a folder you may write to"
     ) from error
+  with lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise UserError(
+        f"--workdir={workdir}: another process is training there; wait for it, or give another"
+        " workdir"
+      ) from None
+    if not (workdir / CONFIG_FILE).exists() or read_config(workdir) != _as_json(config):
+      write_json(workdir / CONFIG_FILE, config)
+    yield
 
 
 def read_config(workdir: Path) -> dict[str, Any]:
@@ -79,9 +104,14 @@ def read_config(workdir: Path) -> dict[str, Any]:
     raise UserError(f"{path} is damaged ({error}); give another workdir") from error
 
 
-def _only_leftovers(workdir: Path) -> bool:
-  """A run killed before its config was in place leaves only the temporary file."""
-  return {path.name for path in workdir.iterdir()} <= {CONFIG_FILE + ".tmp"}
+def _identity(config: dict[str, Any]) -> dict[str, Any]:
+  """Returns what decides a run's numbers: how it is reported does not."""
+  return {name: value for name, value in _as_json(config).items() if name != "report"}
+
+
+def _as_json(config: dict[str, Any]) -> dict[str, Any]:
+  """Returns the config as it reads back: tuples become lists."""
+  return json.loads(json.dumps(config))
 
 
 def _difference(old: dict, new: dict, path: str = "config") -> str | None:

@@ -1,6 +1,7 @@
 """What a training step changes: parameters, optimiser state, step number. No hidden randomness."""
 
 import dataclasses
+import enum
 from typing import Any
 
 import jax
@@ -9,6 +10,22 @@ import optax
 from flax import nnx
 
 from moe_jax.models import Decoder, ModelConfig
+
+
+class Stream(enum.IntEnum):
+  """What random numbers are drawn for, besides initialisation, which uses the seed's own key.
+
+  The values stand far from the small numbers that splitting a key folds in, so that no two
+  purposes share a key.
+  """
+
+  STEP = 2**31
+  SAMPLE = 2**31 + 1
+
+
+def stream_key(seed: int, stream: Stream) -> jax.Array:
+  """Returns the random key of one purpose."""
+  return jax.random.fold_in(jax.random.key(seed), stream)
 
 
 @jax.tree_util.register_dataclass

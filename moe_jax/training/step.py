@@ -9,13 +9,25 @@ import optax
 from flax import nnx
 
 from moe_jax.models import ModelAux, ModelConfig
-from moe_jax.moe.metrics import load_statistics
+from moe_jax.moe.metrics import load_statistics, max_violation_floor
 from moe_jax.training.config import ExperimentConfig
 from moe_jax.training.optimizer import learning_rate_schedule
-from moe_jax.training.state import TrainState, model_graph
+from moe_jax.training.state import Stream, TrainState, model_graph, stream_key
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+
+
+def run_batch(model, batch: Batch, **call: Any) -> tuple[jax.Array, ModelAux]:
+  """Returns the logits and the aux record of a batch of packed records; see `token_nll`."""
+  return model(
+    batch["tokens"],
+    token_mask=batch["segment_ids"] > 0,
+    segment_ids=batch["segment_ids"],
+    positions=batch["positions"],
+    return_aux=True,
+    **call,
+  )
 
 
 def token_nll(model, batch: Batch, **call: Any) -> tuple[jax.Array, ModelAux]:
@@ -26,14 +38,7 @@ def token_nll(model, batch: Batch, **call: Any) -> tuple[jax.Array, ModelAux]:
     batch: `tokens`, `targets`, `segment_ids`, `positions`, `loss_mask`, each (B, L) int32.
     **call: passed to the model.
   """
-  logits, aux = model(
-    batch["tokens"],
-    token_mask=batch["segment_ids"] > 0,
-    segment_ids=batch["segment_ids"],
-    positions=batch["positions"],
-    return_aux=True,
-    **call,
-  )
+  logits, aux = run_batch(model, batch, **call)
   nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
   return jnp.sum(nll * batch["loss_mask"]), aux
 
@@ -48,19 +53,18 @@ def make_train_step(
   """
   graph = model_graph(config.model)
   schedule = learning_rate_schedule(config.optimizer, config.steps)
-  moe_layers = config.model.moe_layers()
 
   def objective(params, batch, key, num_targets):
     nll, aux = token_nll(nnx.merge(graph, params), batch, train=True, key=key)
-    routed = aux.losses.get("weighted", 0.0) / config.accumulation_steps
+    routed = aux.weighted_loss / config.accumulation_steps
     return nll / num_targets + routed, _microbatch_metrics(nll / num_targets, aux)
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    key = jax.random.fold_in(stream_key(config.seed, Stream.STEP), state.step)
     grads, metrics = _accumulate(objective, state.params, batch, key, config.accumulation_steps)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = _step_metrics(metrics, moe_layers, config.accumulation_steps)
+    metrics = _step_metrics(metrics, config, batch["tokens"].size)
     metrics["grad_norm"] = optax.global_norm(grads)
     metrics["learning_rate"] = schedule(state.step)
     return TrainState(state.step + 1, params, opt_state), metrics
@@ -100,24 +104,30 @@ def _accumulate(objective, params, batch, key, count: int):
 
 
 def _microbatch_metrics(loss: jax.Array, aux: ModelAux) -> dict:
-  """Collects what is summed over microbatches."""
-  layers = [plan.metrics for plan in aux.plans]
-  losses = {k: v for k, v in aux.losses.items() if k != "weighted"}
-  return {"loss": loss, "losses": losses, "layers": layers}
+  """Collects what is summed over microbatches; loads as counts, since they add up."""
+  layers = []
+  for plan in aux.plans:
+    counts = plan.metrics["load"] * plan.metrics["assignments"]
+    layers.append({**plan.metrics, "load": counts})
+  return {"loss": loss, "losses": aux.losses, "layers": layers}
 
 
-def _step_metrics(summed: dict, moe_layers: list[int], count: int) -> Metrics:
-  """Names a step's metrics; loads are those of the whole step, other router metrics means."""
+def _step_metrics(summed: dict, config: ExperimentConfig, num_tokens: int) -> Metrics:
+  """Names a step's metrics: loads are those of the whole step, other router metrics means."""
   metrics = {"loss": summed["loss"]}
-  if not moe_layers:
+  if not summed["layers"]:
     return metrics
+  count, routing = config.accumulation_steps, config.model.moe.routing
   metrics["aux_loss"] = summed["losses"]["load_balance"] / count
   metrics["z_loss"] = summed["losses"]["router_z"] / count
+  floor = max_violation_floor(num_tokens * routing.top_k, routing.num_experts)
   layers = []
   for layer in summed["layers"]:
     means = {name: value / count for name, value in layer.items()}
-    layers.append({**means, **load_statistics(means["load"])})
-  for index, layer in zip(moe_layers, layers, strict=True):
+    load = layer["load"] / jnp.maximum(layer["assignments"], 1.0)
+    whole = {"load": load, "assignments": layer["assignments"], **load_statistics(load)}
+    layers.append({**means, **whole, "max_violation_floor": jnp.float32(floor)})
+  for index, layer in zip(config.model.moe_layers(), layers, strict=True):
     metrics.update({f"moe/layer_{index}/{name}": value for name, value in layer.items()})
   for name in layers[0]:
     if name != "load":

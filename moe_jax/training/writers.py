@@ -32,7 +32,7 @@ class JsonLinesWriter:
 
   def write(self, row: Row) -> None:
     """Writes one line and hands it to the operating system."""
-    self._file.write(json.dumps(row) + "\n")
+    self._file.write(json.dumps(row, allow_nan=False) + "\n")
     self._file.flush()
 
   def sync(self) -> None:
@@ -72,7 +72,7 @@ class TensorBoardWriter:
   def write(self, row: Row) -> None:
     """Writes every scalar of a row."""
     for name, value in row.items():
-      if name != "step" and not isinstance(value, list):
+      if name != "step" and isinstance(value, int | float):
         self._writer.add_scalar(name, value, row["step"])
 
   def sync(self) -> None:

@@ -118,7 +118,7 @@ def expected_metrics(groups, config: RoutingConfig, mask, slots: int) -> dict:
     "load_entropy": metrics.load_entropy(counts) if counts.any() or experts == 1 else 0.0,
     "max_violation": metrics.max_violation(counts),
     "dropped_fraction": metrics.dropped_assignments(assignments),
-    "dropped_tokens": metrics.dropped_tokens(groups, mask),
+    "dropped_token_fraction": metrics.dropped_tokens(groups, mask),
     "dead_experts": metrics.dead_experts(counts),
     "router_confidence": metrics.router_confidence(groups, mask),
     "capacity_utilization": metrics.capacity_utilisation(groups),

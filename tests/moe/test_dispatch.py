@@ -42,7 +42,7 @@ def test_ragged_rows_are_sorted_by_expert_with_zeros_behind():
   per_expert = [[], [], [], []]
   for group, token, expert, _ in assignments(plan):
     per_expert[expert].append(np.asarray(x[group, token]))
-  assert ragged.group_sizes.tolist() == [len(tokens) for tokens in per_expert]
+  assert ragged.rows_per_expert.tolist() == [len(tokens) for tokens in per_expert]
   served = sum(per_expert, start=[])
   np.testing.assert_array_equal(ragged.rows[: len(served)], served)
   assert ragged.rows.shape == (G * S * K, D)

@@ -41,14 +41,14 @@ def collect_by_scatter(rows, weight):
   return jnp.zeros((T, D)).at[np.repeat(np.arange(T), K)].add(taken * weight[:, None])
 
 
-@pytest.mark.parametrize("choices", [K, None])
+@pytest.mark.parametrize("top_k", [K, None])
 def test_spread_and_its_gradient_equal_a_scatter(choices):
   x = jax.random.normal(jax.random.key(0), (T, D))
   actual = value_and_gradients(lambda x: spread(x, moves(choices)), x)
   assert_close(actual, value_and_gradients(spread_by_scatter, x))
 
 
-@pytest.mark.parametrize("choices", [K, None])
+@pytest.mark.parametrize("top_k", [K, None])
 def test_collect_and_its_gradients_equal_a_scatter(choices):
   rows = jax.random.normal(jax.random.key(1), (R, D))
   weight = jax.random.normal(jax.random.key(2), (T * K,))
@@ -66,7 +66,7 @@ def test_any_order_of_assignments_collects_the_same():
     token=sorted_moves.token[order],
     row=sorted_moves.row[order],
     assignment=jnp.array(np.append(np.argsort(order), T * K)[ASSIGNMENT], jnp.int32),
-    choices=None,
+    top_k=None,
   )
   expected = value_and_gradients(lambda r, w: collect(r, w, sorted_moves), rows, weight)
   out, drows, dweight = value_and_gradients(

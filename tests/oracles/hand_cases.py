@@ -101,7 +101,7 @@ TOP_1 = HandCase(
     # 2 / 1 - 1
     "max_violation": 1.0,
     "dropped_assignments": 1 / 3,
-    "dropped_tokens": 1 / 3,
+    "dropped_token_fraction": 1 / 3,
     "dead_experts": 1,
     # (0.7 + 0.6 + 0.5)/3
     "router_confidence": 0.6,
@@ -139,7 +139,7 @@ CHOICE_MAJOR = HandCase(
     # 3 / 2 - 1
     "max_violation": 0.5,
     "dropped_assignments": 0.5,
-    "dropped_tokens": 0.0,
+    "dropped_token_fraction": 0.0,
     "dead_experts": 0,
     # (0.5 + 0.6 + 0.5)/3
     "router_confidence": 1.6 / 3,
@@ -164,7 +164,7 @@ TOKEN_MAJOR = HandCase(
   metrics={
     "load": (2, 3, 1),
     "dropped_assignments": 0.5,
-    "dropped_tokens": 1 / 3,
+    "dropped_token_fraction": 1 / 3,
     "capacity_utilisation": 1.0,
   },
 )
@@ -253,7 +253,7 @@ PADDING = HandCase(
     # 1 / (2/3) - 1
     "max_violation": 0.5,
     "dropped_assignments": 0.0,
-    "dropped_tokens": 0.0,
+    "dropped_token_fraction": 0.0,
     "dead_experts": 1,
     "router_confidence": 0.55,
     "capacity_utilisation": 2 / 3,

@@ -32,7 +32,7 @@ def measure(case, groups):
     "load_entropy": metrics.load_entropy(counts),
     "max_violation": metrics.max_violation(counts),
     "dropped_assignments": metrics.dropped_assignments(metrics.all_assignments(groups)),
-    "dropped_tokens": metrics.dropped_tokens(groups, case.mask),
+    "dropped_token_fraction": metrics.dropped_tokens(groups, case.mask),
     "dead_experts": metrics.dead_experts(counts),
     "router_confidence": metrics.router_confidence(groups, case.mask),
     "capacity_utilisation": metrics.capacity_utilisation(groups),

@@ -14,7 +14,7 @@ import pytest
 from training import tiny
 
 from moe_jax.cli import main
-from moe_jax.training.commands import load_run
+from moe_jax.training.saved_run import load_run
 
 WALL_CLOCK = {"tokens_per_second"}
 

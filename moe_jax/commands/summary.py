@@ -3,7 +3,6 @@
 import json
 import platform
 import statistics
-import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,15 @@ from moe_jax.analysis.compressors import xz_bits_per_byte, xz_primed_bits_per_by
 from moe_jax.analysis.routing import ExpertTokenCounts
 from moe_jax.data.builders import PreparedData
 from moe_jax.data.loader import eval_batches
-from moe_jax.inference import generate
+from moe_jax.inference.text import continue_text
 from moe_jax.models import Decoder
+from moe_jax.moe.groups import to_groups
 from moe_jax.planning.count import count_parameters, training_flops_per_token
+from moe_jax.provenance import source_commit
 from moe_jax.training.config import ExperimentConfig
 from moe_jax.training.run_folder import METRICS_FILE
-from moe_jax.training.state import model_graph
+from moe_jax.training.state import Stream, model_graph, stream_key
+from moe_jax.training.step import run_batch
 
 _TOP_TOKENS = 8
 
@@ -66,12 +68,11 @@ def summarize(
 
 def sample(config: ExperimentConfig, data: PreparedData, model: Decoder) -> dict[str, Any]:
   """Returns the prompt, its continuation and the temperature; a function of the run's seed."""
-  c, tokenizer = config.sample, data.tokenizer
-  prompt = np.concatenate([[tokenizer.bos_id], tokenizer.encode(c.prompt)])[None]
-  tokens = generate(
-    model, prompt, c.max_new_tokens, temperature=c.temperature, key=jax.random.key(config.seed)
+  c = config.sample
+  key = stream_key(config.seed, Stream.SAMPLE)
+  text = continue_text(
+    model, data.tokenizer, c.prompt, c.max_new_tokens, temperature=c.temperature, key=key
   )
-  text = tokenizer.decode(np.asarray(tokens)[0, prompt.shape[1] :])
   return {"prompt": c.prompt, "text": text, "temperature": c.temperature}
 
 
@@ -86,13 +87,7 @@ def expert_tokens(
 
   @jax.jit
   def experts_of(params, batch):
-    _, aux = nnx.merge(graph, params)(
-      batch["tokens"],
-      token_mask=batch["segment_ids"] > 0,
-      segment_ids=batch["segment_ids"],
-      positions=batch["positions"],
-      return_aux=True,
-    )
+    _, aux = run_batch(nnx.merge(graph, params), batch)
     return [(plan.expert, plan.valid, plan.token) for plan in aux.plans]
 
   routing = config.model.moe.routing
@@ -101,7 +96,7 @@ def expert_tokens(
     for count, (expert, valid, token) in zip(
       counts, jax.device_get(experts_of(params, batch)), strict=True
     ):
-      ids = np.take_along_axis(_grouped(batch["tokens"], expert.shape[0]), token, axis=1)
+      ids = np.take_along_axis(np.asarray(to_groups(batch["tokens"], routing)), token, axis=1)
       count.add(ids, expert[..., None], valid)
 
   def decode(token):
@@ -113,24 +108,13 @@ def expert_tokens(
   ]
 
 
-def environment() -> dict[str, str | None]:
-  """Returns versions, device kind and the git commit of the working directory, if any."""
-  git = subprocess.run(
-    ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
-  )
-  device = jax.devices()[0]
+def environment() -> dict[str, Any]:
+  """Returns versions, the device, and the commit of this code."""
   return {
     "jax": jax.__version__,
     "flax": metadata.version("flax"),
     "python": platform.python_version(),
-    "device": device.device_kind,
+    "device": jax.devices()[0].device_kind,
     "devices": jax.device_count(),
-    "commit": git.stdout.strip() or None,
+    "commit": source_commit(),
   }
-
-
-def _grouped(tokens_BL: np.ndarray, groups: int) -> np.ndarray:
-  """Returns the token ids (G, S) in the router's groups, the last one filled with zeros."""
-  flat = tokens_BL.reshape(-1)
-  per_group = -(-flat.size // groups)
-  return np.pad(flat, (0, groups * per_group - flat.size)).reshape(groups, per_group)

@@ -1,46 +1,44 @@
 """The commands `moe-jax train` and `moe-jax eval`."""
 
-import time
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import jax
-
 from moe_jax.analysis.report import write_report
+from moe_jax.commands.summary import summarize
 from moe_jax.data.builders import prepare
-from moe_jax.data.loader import steps_per_epoch
-from moe_jax.training.checkpoint import restore_params
 from moe_jax.training.config import ExperimentConfig, experiment_from
 from moe_jax.training.evaluate import Evaluator
 from moe_jax.training.loop import run_steps
-from moe_jax.training.optimizer import make_optimizer
-from moe_jax.training.run_folder import SUMMARY_FILE, check_run, claim_run, read_config, write_json
-from moe_jax.training.state import TrainState, init_state
-from moe_jax.training.summary import summarize
+from moe_jax.training.run_folder import SUMMARY_FILE, check_run, claim_run, write_json
+from moe_jax.training.saved_run import load_run
 from moe_jax.training.writers import check_writers
 
 
 def train(args: SimpleNamespace) -> None:
   """Trains or resumes, then evaluates, samples and writes the report.
 
-  Everything the user may have got wrong is checked before the first file is written.
+  What the user may have got wrong is checked before the run folder is touched. A run that is
+  complete is not trained again: its results are shown, and its report is written anew.
   """
-  started = time.monotonic()
   workdir = Path(args.workdir)
   mapping = args.config.to_dict()
   config = experiment_from(mapping)
   check_run(workdir, mapping)
   check_writers(config.log)
+  with claim_run(workdir, mapping):
+    if not (workdir / SUMMARY_FILE).exists():
+      _train(config, workdir)
+    summary = json.loads((workdir / SUMMARY_FILE).read_text())
+    print(_results(summary, workdir, write_report(workdir)))
+
+
+def _train(config: ExperimentConfig, workdir: Path) -> None:
   data = prepare(config.data)
-  steps_per_epoch(data.train, config.batch_size)
-  claim_run(workdir, mapping)
-  state = run_steps(config, data, workdir)
+  state, wall_seconds = run_steps(config, data, workdir)
   summary = summarize(config, data, state.params, workdir)
-  summary["wall_seconds"] = time.monotonic() - started
-  write_json(workdir / SUMMARY_FILE, summary)
-  report = write_report(workdir)
-  print(_results(summary, workdir, report))
+  write_json(workdir / SUMMARY_FILE, {**summary, "wall_seconds": wall_seconds})
 
 
 def evaluate(args: SimpleNamespace) -> None:
@@ -58,18 +56,6 @@ def evaluate(args: SimpleNamespace) -> None:
         f"  {name}: {result.loss:.4f} nats per token, {result.bits_per_byte:.4f} bits per"
         f" byte, {100 * result.dropped_fraction:.2f} % of assignments dropped"
       )
-
-
-def load_run(workdir: Path, step: int | None = None) -> tuple[ExperimentConfig, int, Any]:
-  """Returns (config, step, parameters) of a run folder, the latest checkpoint if step is None."""
-  config = experiment_from(read_config(workdir))
-  step, params = restore_params(workdir, _template(config), step)
-  return config, step, params
-
-
-def _template(config: ExperimentConfig) -> TrainState:
-  optimizer = make_optimizer(config.optimizer, config.steps)
-  return jax.eval_shape(lambda: init_state(config.model, optimizer, config.seed))
 
 
 def _results(summary: dict[str, Any], workdir: Path, report: Path) -> str:
