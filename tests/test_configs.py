@@ -5,6 +5,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from fast_compilation import compile_fast  # noqa: F401
 from training import tiny
 
 from moe_jax.config.load import load_config

@@ -4,6 +4,7 @@ import re
 import shlex
 
 import pytest
+from fast_compilation import compile_fast  # noqa: F401
 from training import tiny
 
 from moe_jax.cli import main

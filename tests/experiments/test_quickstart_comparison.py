@@ -4,6 +4,7 @@ import json
 import statistics
 import sys
 
+from fast_compilation import compile_fast  # noqa: F401
 from training import tiny
 
 from experiments.quickstart import compare

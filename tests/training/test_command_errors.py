@@ -1,9 +1,12 @@
 """Every fault of a training command is one line on stderr, exit status 2, and nothing written."""
 
 import pytest
+from fast_compilation import compile_fast  # noqa: F401
 from training import tiny
 
 from moe_jax.cli import main
+from moe_jax.errors import UserError
+from moe_jax.training.config import experiment_from
 
 FAULTS = [
   (["--config.moe.num_expert=4"], ["num_expert", "num_experts"]),
@@ -28,6 +31,13 @@ FAULTS = [
   (["--config.data.tokenizer=byte"], ["byte", "bytes"]),
   (["--config.data.corpus=sotu"], ["sotu", "sotu_1790_1870"]),
   (["--config.data.sequence_length=1"], ["sequence_length"]),
+  (["--config.seed=4294967296"], ["seed = 4294967296", "below"]),
+  (["--config.moe.overflow=dropless", "--config.moe.capacity=16"], ["capacity = 16", "dropless"]),
+  (["--config.sample.temperature=nan"], ["temperature = nan"]),
+  (["--config.optimizer.b1=1.5"], ["b1 = 1.5", "below 1"]),
+  (["--config.optimizer.learning_rate=nan"], ["learning_rate = nan"]),
+  (["--config.optimizer.epsilon=0.0"], ["epsilon = 0.0"]),
+  (["--config.model.segments=(('attention:dense',2),)"], ["no moe block"]),
   (["--workdr=x"], ["workdr", "workdir"]),
 ]
 
@@ -77,6 +87,13 @@ def test_unfit_workdir_is_refused_and_left_alone(tmp_path, capsys, make):
   assert kept.read_text() in ("mine", "{mine")
 
 
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused():
+  mapping = tiny.mapping()
+  mapping["model"]["vocab_size"] = 100
+  with pytest.raises(UserError, match="vocab_size = 100 .* 259 ids"):
+    experiment_from(mapping)
+
+
 def test_diverged_run_stops_with_one_sentence(tmp_path, capsys):
   words = tiny.command(
     tmp_path / "run",
@@ -88,3 +105,4 @@ def test_diverged_run_stops_with_one_sentence(tmp_path, capsys):
   assert main(words) == 2
   assert "diverged" in capsys.readouterr().err
   assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+  assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))

@@ -14,9 +14,23 @@ import pytest
 from training import tiny
 
 from moe_jax.cli import main
+from moe_jax.provenance import source_commit
+from moe_jax.training.run_folder import claim_run
 from moe_jax.training.saved_run import load_run
 
 WALL_CLOCK = {"tokens_per_second"}
+# Random numbers in every place that draws them, two microbatches, and checkpoints that fall between
+# logged steps.
+RUN = dict(
+  steps=40,
+  accumulation_steps=2,
+  eval__every=20,
+  checkpoint__every=15,
+  log__every=4,
+  model__dropout=0.1,
+  moe__expert_dropout=0.1,
+  moe__router_jitter=0.01,
+)
 
 
 def rows(workdir) -> list[dict]:
@@ -40,12 +54,12 @@ def assert_same_run(a, b):
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("runs") / "whole"
-  assert main(tiny.command(workdir, steps=40, eval__every=20, checkpoint__every=10)) == 0
+  assert main(tiny.command(workdir, **RUN)) == 0
   return workdir
 
 
 def start(workdir) -> subprocess.Popen:
-  command = tiny.command(workdir, steps=40, eval__every=20, checkpoint__every=10)
+  command = tiny.command(workdir, **RUN)
   environment = dict(os.environ, JAX_PLATFORMS="cpu")
   return subprocess.Popen(
     [sys.executable, "-m", "moe_jax.cli", *command],
@@ -67,8 +81,9 @@ def wait_for_rows(process, workdir, count: int) -> None:
 
 def test_killed_at_several_moments_and_resumed_equals_an_uninterrupted_run(whole_run, tmp_path):
   workdir = tmp_path / "killed"
-  # Before the first checkpoint, just after one (its save may be under way), and between two.
-  for count in (4, 10, 33):
+  # Before the first checkpoint, just after one (its save may be under way), between two, and after
+  # the last step, when the summary is made.
+  for count in (2, 4, 8, 11):
     process = start(workdir)
     wait_for_rows(process, workdir, count)
     time.sleep(random.Random(count).uniform(0, 0.05))
@@ -81,14 +96,32 @@ def test_killed_at_several_moments_and_resumed_equals_an_uninterrupted_run(whole
 
 def test_a_finished_run_started_again_changes_nothing(whole_run, capsys):
   before = (whole_run / "metrics.jsonl").read_bytes()
-  assert main(tiny.command(whole_run, steps=40, eval__every=20, checkpoint__every=10)) == 0
+  assert main(tiny.command(whole_run, **RUN)) == 0
   assert (whole_run / "metrics.jsonl").read_bytes() == before
   assert "held-out bits per byte" in capsys.readouterr().out
 
 
+def test_a_complete_run_keeps_its_summary(whole_run):
+  before = (whole_run / "summary.json").read_bytes()
+  assert json.loads(before)["wall_seconds"] > 1
+  assert main(tiny.command(whole_run, **RUN)) == 0
+  assert (whole_run / "summary.json").read_bytes() == before
+
+
+def test_how_a_run_is_reported_is_no_part_of_its_identity(whole_run):
+  assert main(tiny.command(whole_run, **RUN, report__baseline="other.json")) == 0
+  assert json.loads((whole_run / "config.json").read_text())["report"]["baseline"] == "other.json"
+
+
+def test_a_second_process_in_the_same_folder_is_refused(whole_run, capsys):
+  with claim_run(whole_run, json.loads((whole_run / "config.json").read_text())):
+    assert main(tiny.command(whole_run, **RUN)) == 2
+  assert "another process is training there" in capsys.readouterr().err
+
+
 def test_a_run_of_another_config_is_refused_and_left_alone(whole_run, capsys):
   before = {p: p.read_bytes() for p in whole_run.iterdir() if p.is_file()}
-  assert main(tiny.command(whole_run, steps=41, eval__every=20, checkpoint__every=10)) == 2
+  assert main(tiny.command(whole_run, **{**RUN, "steps": 41})) == 2
   message = capsys.readouterr().err
   assert "config.steps is 40 there and 41 here" in message
   assert message.count("\n") == 1
@@ -138,6 +171,18 @@ def test_commands_on_a_wrong_run_are_one_line(whole_run, tmp_path, capsys, argv,
   assert message.count("\n") == 1
   for fragment in fragments:
     assert fragment in message
+
+
+def test_groups_that_do_not_divide_the_batch_train_to_the_report(tmp_path):
+  words = tiny.command(tmp_path / "run", steps=2, moe__grouping="fixed", moe__group_size=30)
+  assert main(words) == 0
+  shares = json.loads((tmp_path / "run" / "summary.json").read_text())["routing"]
+  assert sum(expert["share"] for expert in shares[0]["experts"]) == pytest.approx(1.0)
+
+
+def test_no_git_is_no_fault(monkeypatch):
+  monkeypatch.setenv("PATH", "")
+  assert source_commit() is None
 
 
 def test_tensorboard_events_are_written_on_request(tmp_path):
