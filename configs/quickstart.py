@@ -69,5 +69,6 @@ def get_config(variant: str = "moe") -> config_dict.ConfigDict:
   config.checkpoint = dict(every=500, keep=2)
   config.log = dict(every=10, tensorboard=False)
   config.sample = dict(prompt="The President", max_new_tokens=400, temperature=0.7)
-  config.report = dict(baseline="")
+  curve = "experiments/quickstart/dense_baseline.json" if variant == "moe" else ""
+  config.report = dict(baseline=curve)
   return config

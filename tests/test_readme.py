@@ -67,3 +67,8 @@ def test_python_blocks_run(code):
 def test_linked_files_exist():
   for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
     assert (tiny.ROOT / target).exists(), target
+
+
+def test_no_placeholder_is_left():
+  for path in (tiny.ROOT / "README.md", tiny.ROOT / "experiments/quickstart/README.md"):
+    assert "RESULTS" not in path.read_text()
