@@ -84,7 +84,7 @@ def table(results: dict) -> str:
     rows.append(
       f"| {variant} | {_mean_spread(nats)} | {_mean_spread(bits)} |"
       f" {r['parameters']:,} / {r['active_parameters']:,} | {r['flops_per_token'] / 1e6:.2f} M |"
-      f" {results['step_time'][variant] / results['step_time']['dense']:.2f} |"
+      f" {(results['step_time']['ratio'] if variant == 'moe' else 1.0):.2f} |"
     )
   gaps = [
     d - m for d, m in zip(results["dense"]["eval_loss"], results["moe"]["eval_loss"], strict=True)
