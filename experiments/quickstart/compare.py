@@ -67,7 +67,7 @@ def baseline(dense: dict) -> dict:
     "name": "dense, same active FLOPs",
     "seeds": len(dense["seeds"]),
     "points": dense["points"],
-    "note": "mean of recorded runs of configs/quickstart.py:dense; band: one standard deviation",
+    "note": "Recorded runs of configs/quickstart.py:dense.",
   }
 
 
