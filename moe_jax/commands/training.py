@@ -8,7 +8,8 @@ from typing import Any
 from moe_jax.analysis.report import write_report
 from moe_jax.commands.summary import summarize
 from moe_jax.data.builders import prepare
-from moe_jax.training.config import ExperimentConfig, experiment_from
+from moe_jax.data.loader import steps_per_epoch
+from moe_jax.training.config import experiment_from
 from moe_jax.training.evaluate import Evaluator
 from moe_jax.training.loop import run_steps
 from moe_jax.training.run_folder import SUMMARY_FILE, check_run, claim_run, write_json
@@ -27,18 +28,15 @@ def train(args: SimpleNamespace) -> None:
   config = experiment_from(mapping)
   check_run(workdir, mapping)
   check_writers(config.log)
+  data = prepare(config.data)
+  steps_per_epoch(data.train, config.batch_size)
   with claim_run(workdir, mapping):
     if not (workdir / SUMMARY_FILE).exists():
-      _train(config, workdir)
+      state, wall_seconds = run_steps(config, data, workdir)
+      summary = summarize(config, data, state.params, workdir)
+      write_json(workdir / SUMMARY_FILE, {**summary, "wall_seconds": wall_seconds})
     summary = json.loads((workdir / SUMMARY_FILE).read_text())
     print(_results(summary, workdir, write_report(workdir)))
-
-
-def _train(config: ExperimentConfig, workdir: Path) -> None:
-  data = prepare(config.data)
-  state, wall_seconds = run_steps(config, data, workdir)
-  summary = summarize(config, data, state.params, workdir)
-  write_json(workdir / SUMMARY_FILE, {**summary, "wall_seconds": wall_seconds})
 
 
 def evaluate(args: SimpleNamespace) -> None:

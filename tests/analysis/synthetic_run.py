@@ -156,7 +156,7 @@ def _summary(generator, lines, loads) -> dict:
     "compressors": {"xz": 2.71, "xz_primed": 2.33},
     "sample": {
       "prompt": "ROMEO:",
-      "text": "ROMEO:\nWhat, <script>alert('art')</script> & \"bold\"?\n\nJULIET:\nAy!\n",
+      "text": "\nWhat, <script>alert('art')</script> & \"bold\"?\n\nJULIET:\nAy!\n",
       "temperature": 0.8,
     },
     "routing": [

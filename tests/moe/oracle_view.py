@@ -115,6 +115,7 @@ def expected_metrics(groups, config: RoutingConfig, mask, slots: int) -> dict:
   per_token = config.capacity_convention == CapacityConvention.PER_TOKEN
   return {
     "load": counts / max(counts.sum(), 1),
+    "assignments": counts.sum(),
     "load_entropy": metrics.load_entropy(counts) if counts.any() or experts == 1 else 0.0,
     "max_violation": metrics.max_violation(counts),
     "dropped_fraction": metrics.dropped_assignments(assignments),

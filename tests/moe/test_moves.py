@@ -18,8 +18,8 @@ ROW = np.array([7, 0, 2, R, 5, 10, 3, 9, R, 8], np.int32)
 ASSIGNMENT = np.array([1, 10, 2, 6, 10, 4, 10, 0, 9, 7, 5, 10], np.int32)
 
 
-def moves(choices):
-  return Moves(jnp.repeat(jnp.arange(T), K), jnp.array(ROW), jnp.array(ASSIGNMENT), T, choices)
+def moves(top_k):
+  return Moves(jnp.repeat(jnp.arange(T), K), jnp.array(ROW), jnp.array(ASSIGNMENT), T, top_k)
 
 
 def value_and_gradients(fn, *args):
@@ -42,17 +42,17 @@ def collect_by_scatter(rows, weight):
 
 
 @pytest.mark.parametrize("top_k", [K, None])
-def test_spread_and_its_gradient_equal_a_scatter(choices):
+def test_spread_and_its_gradient_equal_a_scatter(top_k):
   x = jax.random.normal(jax.random.key(0), (T, D))
-  actual = value_and_gradients(lambda x: spread(x, moves(choices)), x)
+  actual = value_and_gradients(lambda x: spread(x, moves(top_k)), x)
   assert_close(actual, value_and_gradients(spread_by_scatter, x))
 
 
 @pytest.mark.parametrize("top_k", [K, None])
-def test_collect_and_its_gradients_equal_a_scatter(choices):
+def test_collect_and_its_gradients_equal_a_scatter(top_k):
   rows = jax.random.normal(jax.random.key(1), (R, D))
   weight = jax.random.normal(jax.random.key(2), (T * K,))
-  actual = value_and_gradients(lambda r, w: collect(r, w, moves(choices)), rows, weight)
+  actual = value_and_gradients(lambda r, w: collect(r, w, moves(top_k)), rows, weight)
   assert_close(actual, value_and_gradients(collect_by_scatter, rows, weight))
 
 
