@@ -17,7 +17,7 @@ from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.config import ExperimentConfig
 from moe_jax.training.evaluate import Evaluator
 from moe_jax.training.optimizer import make_optimizer
-from moe_jax.training.state import TrainState, init_state
+from moe_jax.training.state import TrainState, abstract_state, init_state
 from moe_jax.training.step import make_train_step
 from moe_jax.training.writers import Progress, open_writers
 
@@ -112,14 +112,10 @@ class _Clock:
 
 def _restore_or_init(config, optimizer, checkpoints, batches, identity):
   """Returns (state, steps done, seconds they took)."""
-
-  def init():
-    return init_state(config.model, optimizer, config.seed)
-
   step = checkpoints.latest_step()
   if step is None:
-    return init(), 0, 0.0
-  state, place = checkpoints.restore(step, jax.eval_shape(init))
+    return init_state(config.model, optimizer, config.seed), 0, 0.0
+  state, place = checkpoints.restore(step, abstract_state(config.model, optimizer))
   restore_state(batches, place["stream"], identity)
   return state, step, place["wall_seconds"]
 

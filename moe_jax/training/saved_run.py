@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-import jax
 from flax import nnx
 
 from moe_jax.training.checkpoint import restore_params
 from moe_jax.training.config import ExperimentConfig, experiment_from
 from moe_jax.training.optimizer import make_optimizer
 from moe_jax.training.run_folder import read_config
-from moe_jax.training.state import init_state
+from moe_jax.training.state import abstract_state
 
 
 def load_run(workdir: Path, step: int | None = None) -> tuple[ExperimentConfig, int, nnx.State]:
@@ -20,6 +19,5 @@ def load_run(workdir: Path, step: int | None = None) -> tuple[ExperimentConfig, 
   """
   config = experiment_from(read_config(workdir))
   optimizer = make_optimizer(config.optimizer, config.steps)
-  template = jax.eval_shape(lambda: init_state(config.model, optimizer, config.seed))
-  step, params = restore_params(workdir, template, step)
+  step, params = restore_params(workdir, abstract_state(config.model, optimizer), step)
   return config, step, params

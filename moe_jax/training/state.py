@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import functools
 from typing import Any
 
 import jax
@@ -57,12 +58,18 @@ def init_state(
   config: ModelConfig, optimizer: optax.GradientTransformation, seed: int
 ) -> TrainState:
   """Returns the state before the first step."""
-
-  def init():
-    params = nnx.split(Decoder(config, key=jax.random.key(seed)))[1]
-    return TrainState(jnp.int32(0), params, optimizer.init(params))
-
+  init = functools.partial(_initial, config, optimizer, seed)
   return jax.jit(init, compiler_options=_init_compiler_options())()
+
+
+def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation) -> TrainState:
+  """Returns the shapes and dtypes of the state, without making it: what a restore needs."""
+  return jax.eval_shape(functools.partial(_initial, config, optimizer, 0))
+
+
+def _initial(config, optimizer, seed) -> TrainState:
+  params = nnx.split(Decoder(config, key=jax.random.key(seed)))[1]
+  return TrainState(jnp.int32(0), params, optimizer.init(params))
 
 
 def _init_compiler_options() -> dict[str, str] | None:
