@@ -55,7 +55,7 @@ def value_and_gradient(remat):
 
   def objective(params):
     logits, aux = nnx.merge(graph, params)(jnp.asarray(TOKENS), return_aux=True)
-    losses = aux.losses["weighted"], [plan.losses for plan in aux.plans]
+    losses = aux.weighted_loss, [plan.losses for plan in aux.plans]
     return jnp.mean(jnp.sin(logits)) + losses[0], (logits, losses)
 
   (_, values), gradient = jax.jit(jax.value_and_grad(objective, has_aux=True))(params)
