@@ -32,14 +32,14 @@ def get_config(variant: str = "moe") -> config_dict.ConfigDict:
 
   blocks = "attention:dense attention:" + variant
   config.model = dict(
-    model_dim=64,
+    model_dim=48,
     segments=((blocks, 2),),
-    num_heads=2,
-    num_kv_heads=2,
+    num_heads=1,
+    num_kv_heads=1,
     head_dim=32,
     rope_theta=10_000.0,
     window=128,
-    mlp=dict(hidden_dim=256, gated=False, activation="relu", dropout=0.0),
+    mlp=dict(hidden_dim=192, gated=False, activation="relu", dropout=0.0),
     tie_embeddings=False,
     dropout=0.0,
     init_scale=0.1,
@@ -50,7 +50,7 @@ def get_config(variant: str = "moe") -> config_dict.ConfigDict:
   )
   if variant == "moe":
     config.moe = dict(
-      hidden_dim=256,
+      hidden_dim=192,
       gated=False,
       activation="relu",
       expert_dropout=0.0,
