@@ -8,7 +8,7 @@ from moe_jax.layers.dropout import dropout, split_key
 from moe_jax.layers.mlp import FeedForward
 from moe_jax.layers.norms import RMSNorm
 from moe_jax.models.config import ModelConfig
-from moe_jax.moe.layer import MoEAux, MoELayer
+from moe_jax.moe.layer import MoEAux, MoELayer, TokenInfo
 
 
 def _attention(config: ModelConfig, key: jax.Array) -> Attention:
@@ -50,7 +50,7 @@ class Block(nnx.Module):
     self,
     x: jax.Array,
     context: AttentionContext,
-    token_mask: jax.Array,
+    tokens: TokenInfo,
     cache: KVCache | None,
     *,
     key: jax.Array | None,
@@ -60,10 +60,17 @@ class Block(nnx.Module):
     mixer_key, ff_key, drop_key = split_key(key, 3)
     y, cache = self.mixer(self.mixer_norm(x), context, cache, key=mixer_key)
     x = x + y
-    y, aux = self._feed_forward(self.feed_forward_norm(x), token_mask, ff_key, train)
+    y, aux = self._feed_forward(self.feed_forward_norm(x), tokens, ff_key, train)
     return x + dropout(y, self.dropout_rate, drop_key), cache, aux
 
-  def _feed_forward(self, x, token_mask, key, train):
+  def _feed_forward(self, x, tokens, key, train):
     if isinstance(self.feed_forward, MoELayer):
-      return self.feed_forward(x, token_mask=token_mask, key=key, train=train)
+      return self.feed_forward(
+        x,
+        token_mask=tokens.mask,
+        token_ids=tokens.ids,
+        segment_ids=tokens.segment_ids,
+        key=key,
+        train=train,
+      )
     return self.feed_forward(x, key=key), None

@@ -9,7 +9,7 @@ from moe_jax.layers.attention import AttentionConfig
 from moe_jax.layers.mlp import FeedForwardConfig
 from moe_jax.moe.dispatch import Dispatch
 from moe_jax.moe.layer import MoEConfig
-from moe_jax.moe.types import Overflow
+from moe_jax.moe.options import Overflow
 
 MIXERS = ("attention",)
 FEED_FORWARDS = ("dense", "moe")

@@ -14,7 +14,8 @@ from moe_jax.layers.parameters import parameter
 from moe_jax.layers.rotary import RotaryTable, rotary_table
 from moe_jax.models.config import ModelConfig
 from moe_jax.models.stack import ScannedSegment, SegmentCache
-from moe_jax.moe.types import RoutingPlan
+from moe_jax.moe.layer import TokenInfo
+from moe_jax.moe.plan import DensePlan, RoutingPlan
 
 
 @jax.tree_util.register_dataclass
@@ -24,8 +25,8 @@ class ModelAux:
 
   Attributes:
     router_logits: list of (B, L, E) float32.
-    plans: list of `RoutingPlan`.
-    losses: `load_balance`, `router_z`: float32 means over layers, without coefficients.
+    plans: list of `RoutingPlan` (or `DensePlan`).
+    losses: float32 means over layers by name, without coefficients, see `moe_jax.moe.losses`.
     weighted_loss: float32 scalar, the sum over layers of coefficient * loss: the term added to the
       objective (Switch, arXiv 2101.03961 section 2.2: "for each Switch layer"). Some code bases
       take the mean over layers instead: divide the coefficients by the number of MoE layers.
@@ -33,7 +34,7 @@ class ModelAux:
   """
 
   router_logits: list[jax.Array]
-  plans: list[RoutingPlan]
+  plans: list[RoutingPlan | DensePlan]
   losses: dict[str, jax.Array]
   weighted_loss: jax.Array
   metrics: dict[str, jax.Array]
@@ -115,9 +116,8 @@ class Decoder(nnx.Module):
     if segment_ids is not None:
       mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
     context = AttentionContext(self._rotary(positions), mask)
-    x, _, records = self._run(
-      tokens, context, token_mask, None, key=key if train else None, train=train
-    )
+    info = TokenInfo(token_mask, tokens, segment_ids)
+    x, _, records = self._run(info, context, None, key=key if train else None, train=train)
     logits = self._logits(x)
     return (logits, self._aux(records)) if return_aux else logits
 
@@ -150,7 +150,8 @@ class Decoder(nnx.Module):
       self.config.attention.window,
     )
     context = AttentionContext(self._rotary(positions), mask, cache.index)
-    x, segments, _ = self._run(tokens, context, token_mask, cache.segments, key=None, train=False)
+    info = TokenInfo(token_mask, tokens)
+    x, segments, _ = self._run(info, context, cache.segments, key=None, train=False)
     index = cache.index + tokens.shape[1]
     # An update beyond the last slot would silently overwrite earlier ones.
     x = jnp.where(index <= slots_mask.shape[1], x, jnp.nan)
@@ -167,10 +168,10 @@ class Decoder(nnx.Module):
     segments = [tuple(empty(s.repeats) for _ in s.pattern) for s in self.config.parsed_segments()]
     return DecoderCache(segments, jnp.zeros((batch_size, num_slots), bool), jnp.int32(0))
 
-  def _run(self, tokens, context, token_mask, caches, *, key, train):
+  def _run(self, tokens: TokenInfo, context, caches, *, key, train):
     embed_key, *keys = split_key(key, 1 + len(self.segments))
     # An id outside the vocabulary must not pass for a word; what padding holds does not matter.
-    ids = jnp.where(token_mask, tokens, 0)
+    ids = jnp.where(tokens.mask, tokens.ids, 0)
     x = (
       self.embedding[...]
       .at[ids]
@@ -181,7 +182,7 @@ class Decoder(nnx.Module):
     caches = [None] * len(self.segments) if caches is None else caches
     new_caches, records = [], []
     for segment, cache, segment_key in zip(self.segments, caches, keys, strict=True):
-      x, cache, aux = segment(x, context, token_mask, cache, key=segment_key, train=train)
+      x, cache, aux = segment(x, context, tokens, cache, key=segment_key, train=train)
       new_caches.append(cache)
       records.extend(aux)
     return x, new_caches, records
@@ -199,13 +200,7 @@ class Decoder(nnx.Module):
     plans = [record.plan for record in records]
     losses = _mean([plan.losses for plan in plans])
     metrics = _mean([plan.metrics for plan in plans])
-    weighted = jnp.float32(0.0)
-    if plans:
-      routing = self.config.moe.routing
-      weighted = len(plans) * (
-        routing.balance_loss_weight * losses["load_balance"]
-        + routing.z_loss_weight * losses["router_z"]
-      )
+    weighted = sum((record.weighted_loss for record in records), jnp.float32(0.0))
     logits = [record.router_logits for record in records]
     return ModelAux(logits, plans, losses, weighted, metrics)
 

@@ -8,7 +8,7 @@ from flax import nnx
 from moe_jax.layers.attention import AttentionContext, KVCache
 from moe_jax.models.block import Block
 from moe_jax.models.config import ModelConfig, Remat, Segment
-from moe_jax.moe.layer import MoEAux
+from moe_jax.moe.layer import MoEAux, TokenInfo
 
 # One cache a block of the pattern, each stacked over the repeats; None without a cache.
 SegmentCache = tuple[KVCache | None, ...] | None
@@ -44,7 +44,7 @@ class ScannedSegment(nnx.Module):
     self,
     x: jax.Array,
     context: AttentionContext,
-    token_mask: jax.Array,
+    tokens: TokenInfo,
     cache: SegmentCache,
     *,
     key: jax.Array | None,
@@ -57,7 +57,7 @@ class ScannedSegment(nnx.Module):
     def body(x, per_repeat):
       state, cache, key = per_repeat
       return _run_pattern(
-        nnx.merge(graphdef, state), x, context, token_mask, cache, key=key, train=train
+        nnx.merge(graphdef, state), x, context, tokens, cache, key=key, train=train
       )
 
     if self.remat != Remat.NONE:
@@ -67,12 +67,12 @@ class ScannedSegment(nnx.Module):
     return x, cache, records
 
 
-def _run_pattern(blocks, x, context, token_mask, cache, *, key, train):
+def _run_pattern(blocks, x, context, tokens, cache, *, key, train):
   keys = [None] * len(blocks) if key is None else jax.random.split(key, len(blocks))
   caches = (None,) * len(blocks) if cache is None else cache
   new_caches, records = [], []
   for block, block_cache, block_key in zip(blocks, caches, keys, strict=True):
-    x, new_cache, aux = block(x, context, token_mask, block_cache, key=block_key, train=train)
+    x, new_cache, aux = block(x, context, tokens, block_cache, key=block_key, train=train)
     new_caches.append(new_cache)
     records.extend([] if aux is None else [aux])
   return x, (None if cache is None else tuple(new_caches), records)

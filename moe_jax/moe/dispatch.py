@@ -19,8 +19,11 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.choices import as_choice
-from moe_jax.moe.moves import Moves, collect, make_moves, spread
-from moe_jax.moe.types import RoutingPlan
+from moe_jax.moe.moves import Moves, collect, make_moves, row_weights, spread
+from moe_jax.moe.options import WeightOn
+from moe_jax.moe.plan import DensePlan, RoutingPlan
+
+Plan = RoutingPlan | DensePlan
 
 
 class Dispatch(enum.StrEnum):
@@ -63,10 +66,10 @@ ExpertRows = SlottedRows | RaggedRows
 class Dispatcher(Protocol):
   """Moves tokens x (G, S, D) to expert rows, and expert rows back to y (G, S, D)."""
 
-  def dispatch(self, x: jax.Array, plan: RoutingPlan) -> ExpertRows:
+  def dispatch(self, x: jax.Array, plan: Plan) -> ExpertRows:
     """Returns the rows of all experts, in the dtype of x."""
 
-  def combine(self, rows: ExpertRows, plan: RoutingPlan) -> jax.Array:
+  def combine(self, rows: ExpertRows, plan: Plan) -> jax.Array:
     """Returns each token's weighted sum, taken in float32, in the dtype of the rows."""
 
 
@@ -77,21 +80,30 @@ class EinsumDispatcher:
   weights to bfloat16.
   """
 
-  def dispatch(self, x: jax.Array, plan: RoutingPlan) -> SlottedRows:
+  def dispatch(self, x: jax.Array, plan: Plan) -> SlottedRows:
     """See `Dispatcher`."""
-    mask_GSEC = plan.dispatch_mask().astype(x.dtype)
+    first, _ = _tensors(plan)
+    mask_GSEC = first.astype(x.dtype)
     rows_EGCD = jnp.einsum("GSEC,GSD->EGCD", mask_GSEC, x, precision=jax.lax.Precision.HIGHEST)
     return SlottedRows(rows_EGCD.reshape(plan.num_experts, -1, x.shape[-1]))
 
-  def combine(self, rows: SlottedRows, plan: RoutingPlan) -> jax.Array:
+  def combine(self, rows: SlottedRows, plan: Plan) -> jax.Array:
     """See `Dispatcher`."""
+    _, second = _tensors(plan)
     y = jnp.einsum(
       "GSEC,EGCD->GSD",
-      plan.combine_weights(),
+      second.astype(jnp.float32),
       _by_group(rows.rows, plan).astype(jnp.float32),
       precision=jax.lax.Precision.HIGHEST,
     )
     return y.astype(rows.rows.dtype)
+
+
+def _tensors(plan: Plan) -> tuple[jax.Array, jax.Array]:
+  """Returns what multiplies tokens on their way in and rows on their way out, (G, S, E, C)."""
+  if isinstance(plan, RoutingPlan) and plan.weight_on == WeightOn.INPUT:
+    return plan.combine_weights(), plan.dispatch_mask()
+  return plan.dispatch_mask(), plan.combine_weights()
 
 
 class GatherDispatcher:
@@ -100,13 +112,14 @@ class GatherDispatcher:
   def dispatch(self, x: jax.Array, plan: RoutingPlan) -> SlottedRows:
     """See `Dispatcher`."""
     E, D = plan.num_experts, x.shape[-1]
-    return SlottedRows(spread(x.reshape(-1, D), _slot_moves(plan)).reshape(E, -1, D))
+    rows = _weighted_in(spread(x.reshape(-1, D), _slot_moves(plan)), _slot_moves(plan), plan)
+    return SlottedRows(rows.reshape(E, -1, D))
 
   def combine(self, rows: SlottedRows, plan: RoutingPlan) -> jax.Array:
     """See `Dispatcher`."""
     G, D = plan.token.shape[0], rows.rows.shape[-1]
     flat = rows.rows.reshape(-1, D)
-    return collect(flat, plan.weight.reshape(-1), _slot_moves(plan)).reshape(G, -1, D)
+    return collect(flat, _weight_out(plan), _slot_moves(plan)).reshape(G, -1, D)
 
 
 class RaggedDispatcher:
@@ -124,14 +137,15 @@ class RaggedDispatcher:
       .set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
       .reshape(plan.expert.shape)
     )
-    rows = spread(x.reshape(-1, D), make_moves(plan, position, order.size))
+    moves = make_moves(plan, position, order.size)
+    rows = _weighted_in(spread(x.reshape(-1, D), moves), moves, plan)
     return RaggedRows(rows, jnp.bincount(expert, length=E).astype(jnp.int32), position)
 
   def combine(self, rows: RaggedRows, plan: RoutingPlan) -> jax.Array:
     """See `Dispatcher`."""
     G, D = plan.token.shape[0], rows.rows.shape[-1]
     moves = make_moves(plan, rows.position, rows.rows.shape[0])
-    return collect(rows.rows, plan.weight.reshape(-1), moves).reshape(G, -1, D)
+    return collect(rows.rows, _weight_out(plan), moves).reshape(G, -1, D)
 
 
 _DISPATCHERS = {
@@ -146,9 +160,22 @@ def get_dispatcher(form: Dispatch) -> Dispatcher:
   return _DISPATCHERS[as_choice(Dispatch, "dispatch", form)]
 
 
-def _by_group(rows_END: jax.Array, plan: RoutingPlan) -> jax.Array:
+def _by_group(rows_END: jax.Array, plan: Plan) -> jax.Array:
   """(E, G*C, D) -> (E, G, C, D)."""
   return rows_END.reshape(plan.num_experts, -1, plan.capacity, rows_END.shape[-1])
+
+
+def _weighted_in(rows: jax.Array, moves: Moves, plan: RoutingPlan) -> jax.Array:
+  """Multiplies rows by their weights where the plan puts those on the input."""
+  if plan.weight_on == WeightOn.OUTPUT:
+    return rows
+  return (rows.astype(jnp.float32) * row_weights(plan.weight, moves)).astype(rows.dtype)
+
+
+def _weight_out(plan: RoutingPlan) -> jax.Array:
+  """Returns what multiplies each assignment's row on its way out, (G*N,) float32."""
+  weight = plan.weight if plan.weight_on == WeightOn.OUTPUT else plan.valid.astype(jnp.float32)
+  return weight.reshape(-1)
 
 
 def _slot_moves(plan: RoutingPlan) -> Moves:

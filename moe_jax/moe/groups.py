@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe.types import Grouping, RoutingConfig
+from moe_jax.moe.config import RoutingConfig
+from moe_jax.moe.options import Grouping
 
 
 def to_groups(a: jax.Array, config: RoutingConfig) -> jax.Array:

@@ -1,6 +1,7 @@
 """The MoE layer: router, plan, dispatch, experts, combine."""
 
 import dataclasses
+import enum
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,25 @@ from flax import nnx
 from moe_jax.choices import as_choice
 from moe_jax.errors import UserError
 from moe_jax.layers.dropout import split_key
-from moe_jax.layers.mlp import Activation, FeedForwardConfig
+from moe_jax.layers.mlp import Activation, FeedForward, FeedForwardConfig
+from moe_jax.layers.parameters import parameter
+from moe_jax.moe.config import RoutingConfig
 from moe_jax.moe.dispatch import Dispatch, get_dispatcher
 from moe_jax.moe.experts import Experts
 from moe_jax.moe.groups import from_groups, to_groups
+from moe_jax.moe.losses import loss_weights
+from moe_jax.moe.plan import DensePlan, RoutingPlan
+from moe_jax.moe.registry import Chooser
 from moe_jax.moe.router import Router
 from moe_jax.moe.routing import route
-from moe_jax.moe.types import RoutingConfig, RoutingPlan, Selection
+
+
+class SharedCombine(enum.StrEnum):
+  """How the output of the shared experts joins that of the routed ones."""
+
+  ADD = "add"  # routed + shared (DeepSeekMoE, arXiv 2401.06066 Eq. 9; Llama 4)
+  GATED = "gated"  # routed + sigmoid(x w) * shared (Qwen2-MoE, arXiv 2407.10671)
+  COEFFICIENT = "coefficient"  # a softmax of two numbers weighs both (PR-MoE, arXiv 2201.05596)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +37,12 @@ class MoEConfig:
 
   Attributes:
     routing: the router; its fields are flattened into this config's level in config files.
-    hidden_dim: F of one expert.
+    hidden_dim: F of one expert; fine-grained experts (DeepSeekMoE) are many small ones.
     gated, activation: the expert network, see `FeedForwardConfig`.
     expert_dropout: dropout inside experts (Switch fine-tunes with 0.4 here and 0.1 elsewhere).
+    shared_hidden_dim: hidden width of the shared experts together, which every token visits; 0
+      for none. n shared experts of width F are one network of width n * F.
+    shared_combine: how the shared experts' output is added.
     router_jitter: multiplicative noise on the router's input in training.
     dispatch: how tokens travel; changes speed and memory, not results.
   """
@@ -36,52 +52,87 @@ class MoEConfig:
   gated: bool = False
   activation: Activation = Activation.RELU
   expert_dropout: float = 0.0
+  shared_hidden_dim: int = 0
+  shared_combine: SharedCombine = SharedCombine.ADD
   router_jitter: float = 0.0
   dispatch: Dispatch = Dispatch.GATHER
 
   def __post_init__(self):
-    object.__setattr__(self, "dispatch", as_choice(Dispatch, "dispatch", self.dispatch))
+    for name, kind in (("dispatch", Dispatch), ("shared_combine", SharedCombine)):
+      object.__setattr__(self, name, as_choice(kind, name, getattr(self, name)))
     for name in ("expert_dropout", "router_jitter"):
       if not 0.0 <= getattr(self, name) < 1.0:
         raise UserError(f"{name} = {getattr(self, name)} is refused: it must be in [0, 1)")
+    if self.shared_hidden_dim < 0:
+      raise UserError(
+        f"shared_hidden_dim = {self.shared_hidden_dim} is refused: it must be 0 or greater"
+      )
+    mixes = self.routing.selector.chooser == Chooser.SLOT
+    if mixes and self.dispatch != Dispatch.EINSUM:
+      raise UserError(
+        f"dispatch = {self.dispatch} cannot carry out selection = {self.routing.selection}, whose"
+        " slots mix all tokens; use dispatch = einsum"
+      )
     self.feed_forward()
 
   def feed_forward(self) -> FeedForwardConfig:
     """Returns the config of one expert."""
     return FeedForwardConfig(self.hidden_dim, self.gated, self.activation, self.expert_dropout)
 
+  def shared_feed_forward(self) -> FeedForwardConfig:
+    """Returns the config of the shared experts as one network."""
+    return dataclasses.replace(self.feed_forward(), hidden_dim=self.shared_hidden_dim)
+
   @property
   def needs_key(self) -> bool:
     """Tells whether training draws random numbers."""
-    random_select = self.routing.selection == Selection.RANDOM_SECOND
-    return bool(self.expert_dropout or self.router_jitter or random_select)
+    return bool(self.expert_dropout or self.router_jitter or self.routing.needs_key)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenInfo:
+  """What a router may know of tokens besides their activations.
+
+  Attributes:
+    mask: (B, L) bool, True = real token; None = all real.
+    ids: (B, L) int32, vocabulary ids; for routing by token id.
+    segment_ids: (B, L) int32 of packed sequences; None = every row is one sequence.
+  """
+
+  mask: jax.Array | None = None
+  ids: jax.Array | None = None
+  segment_ids: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MoEAux:
-  """What a layer decided: router_logits (B, L, E) float32, jitter included, and the plan."""
+  """What a layer decided.
+
+  Attributes:
+    router_logits: (B, L, E') float32, jitter included, noise not.
+    plan: the routing plan.
+    weighted_loss: float32 scalar, the sum of coefficient * loss.
+  """
 
   router_logits: jax.Array
-  plan: RoutingPlan
+  plan: RoutingPlan | DensePlan
+  weighted_loss: jax.Array
 
 
 class MoELayer(nnx.Module):
   """Mixture-of-experts layer (Shazeer et al., arXiv 1701.06538) on (B, L, D).
 
-  Tokens whose experts are all full come out as zeros: add the residual outside. What was dropped
-  is in `aux.plan.metrics`. Padding (token_mask False) comes out as zeros.
+  Tokens whose experts are all full come out as zeros (plus shared experts): add the residual
+  outside. What was dropped is in `aux.plan.metrics`. Padding comes out as zeros.
   """
 
   def __init__(self, model_dim: int, config: MoEConfig, *, key: jax.Array, init_scale: float = 1.0):
     router_key, experts_key = jax.random.split(key)
     self.config = config
     self.router = Router(
-      model_dim,
-      config.routing.num_experts,
-      key=router_key,
-      scale=init_scale,
-      jitter=config.router_jitter,
+      model_dim, config.routing, key=router_key, scale=init_scale, jitter=config.router_jitter
     )
     self.experts = Experts(
       model_dim,
@@ -90,12 +141,19 @@ class MoELayer(nnx.Module):
       key=experts_key,
       scale=init_scale,
     )
+    if config.shared_hidden_dim:
+      self.shared = SharedExperts(
+        model_dim, config, key=jax.random.fold_in(key, 2), scale=init_scale
+      )
 
   def __call__(
     self,
     x: jax.Array,
     *,
     token_mask: jax.Array | None = None,
+    token_ids: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    global_load: jax.Array | None = None,
     key: jax.Array | None = None,
     train: bool = False,
   ) -> tuple[jax.Array, MoEAux]:
@@ -103,7 +161,8 @@ class MoELayer(nnx.Module):
 
     Args:
       x: (B, L, D) activations, any float dtype.
-      token_mask: (B, L) bool, True = real token; None = all real.
+      token_mask, token_ids, segment_ids: see `TokenInfo`.
+      global_load: (E,), see `moe_jax.moe.losses.load_balance_loss`.
       key: random key for training.
       train: picks capacity factor, jitter, dropout and random selection.
 
@@ -115,24 +174,95 @@ class MoELayer(nnx.Module):
     """
     if train and key is None and self.config.needs_key:
       raise UserError(
-        "the MoE layer draws random numbers in training (dropout, jitter or"
-        " random_second): key = None was given, a jax.random.key is needed"
+        "the MoE layer draws random numbers in training (dropout, jitter, noise or"
+        " a random selection): key = None was given, a jax.random.key is needed"
       )
-    routing = self.config.routing
-    jitter_key, select_key, dropout_key = split_key(key if train else None, 3)
-    logits = self.router(x, key=jitter_key)
-    if token_mask is None:
-      token_mask = jnp.ones(x.shape[:2], bool)
-    elif token_mask.shape != x.shape[:2]:
-      # Groups are a reshape, which would accept a transposed mask.
-      raise UserError(f"token_mask has shape {token_mask.shape}; expected {x.shape[:2]}")
-    x_GSD, logits_GSE, mask_GS = (to_groups(a, routing) for a in (x, logits, token_mask))
-    plan = route(logits_GSE, routing, token_mask=mask_GS, key=select_key, train=train)
+    jitter_key, select_key, dropout_key, shared_key = split_key(key if train else None, 4)
+    mask = _checked_mask(x, token_mask)
+    logits, noise_std = self.router(x, key=jitter_key)
+    plan = self._route(
+      logits, noise_std, TokenInfo(mask, token_ids, segment_ids), global_load, select_key, train
+    )
+    y = self._apply_experts(x, plan, dropout_key)
+    if self.config.shared_hidden_dim:
+      y = jnp.where(mask[..., None], self.shared(x, y, key=shared_key), 0)
+    return y, MoEAux(logits, plan, self._weighted(plan.losses))
 
+  def _route(self, logits, noise_std, tokens: TokenInfo, global_load, key, train):
+    config = self.config.routing
+    rows = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
+    ids = 0 if tokens.segment_ids is None else tokens.segment_ids
+    # Unique over rows: groups of several sequences must not join the end of one to the next.
+    segments = jnp.broadcast_to(ids * logits.shape[0] + rows, logits.shape[:2])
+
+    def group(a):
+      return None if a is None else to_groups(a, config)
+
+    return route(
+      group(logits),
+      config,
+      token_mask=group(tokens.mask),
+      token_ids=group(tokens.ids),
+      segment_ids=group(segments),
+      noise_scale=group(noise_std),
+      bias=self.router.bias[...] if hasattr(self.router, "bias") else None,
+      global_load=global_load,
+      key=key,
+      train=train,
+    )
+
+  def _apply_experts(self, x, plan, key):
     dispatcher = get_dispatcher(self.config.dispatch)
+    x_GSD = to_groups(x, self.config.routing)
     with jax.named_scope("dispatch"):
       rows = dispatcher.dispatch(x_GSD, plan)
-    rows = self.experts(rows, key=dropout_key)
+    rows = self.experts(rows, key=key)
     with jax.named_scope("combine"):
       y_GSD = dispatcher.combine(rows, plan)
-    return from_groups(y_GSD, x.shape), MoEAux(logits, plan)
+    if isinstance(plan, RoutingPlan) and plan.identity is not None:
+      y_GSD = y_GSD + (plan.identity[..., None] * x_GSD).astype(x.dtype)
+    return from_groups(y_GSD, x.shape)
+
+  def _weighted(self, losses):
+    scale = self.router.balance_scale[...] if hasattr(self.router, "balance_scale") else 1.0
+    total = jnp.float32(0.0)
+    for name, weight in loss_weights(self.config.routing).items():
+      # A coefficient of 0 must not meet the NaN that a loss may be where it is not used.
+      if weight and name in losses:
+        total += weight * (scale if name == "load_balance" else 1.0) * losses[name]
+    return total
+
+
+class SharedExperts(nnx.Module):
+  """Feed-forward that every token visits, and what joins it to the routed experts."""
+
+  def __init__(self, model_dim: int, config: MoEConfig, *, key: jax.Array, scale: float):
+    self.combine = config.shared_combine
+    network_key, gate_key = jax.random.split(key)
+    self.network = FeedForward(
+      model_dim, config.shared_feed_forward(), key=network_key, scale=scale
+    )
+    outputs = {SharedCombine.ADD: 0, SharedCombine.GATED: 1, SharedCombine.COEFFICIENT: 2}
+    if outputs[self.combine]:
+      shape = (model_dim, outputs[self.combine])
+      self.gate = parameter(gate_key, shape, ("embed", "router"), fan_in=model_dim, scale=scale)
+
+  def __call__(self, x: jax.Array, routed: jax.Array, *, key: jax.Array | None) -> jax.Array:
+    """Returns (B, L, D): the routed experts' output joined with the shared experts' of x."""
+    shared = self.network(x, key=key)
+    if self.combine == SharedCombine.ADD:
+      return routed + shared
+    logits = jnp.matmul(x.astype(jnp.float32), self.gate[...], precision=jax.lax.Precision.HIGHEST)
+    if self.combine == SharedCombine.GATED:
+      return routed + jax.nn.sigmoid(logits).astype(x.dtype) * shared
+    share = jax.nn.softmax(logits, axis=-1).astype(x.dtype)
+    return share[..., :1] * routed + share[..., 1:] * shared
+
+
+def _checked_mask(x, token_mask):
+  if token_mask is None:
+    return jnp.ones(x.shape[:2], bool)
+  if token_mask.shape != x.shape[:2]:
+    # Groups are a reshape, which would accept a transposed mask.
+    raise UserError(f"token_mask has shape {token_mask.shape}; expected {x.shape[:2]}")
+  return token_mask

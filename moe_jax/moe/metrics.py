@@ -8,7 +8,9 @@
 | `max_violation` | max load / mean load - 1 (arXiv 2408.15664 Eq. 4) | `max_violation_floor` |
 | `max_violation_floor` | its expectation when S*G*K assignments fall at random; static | |
 | `dropped_fraction` | fraction of the assignments asked for that got no slot | 0 |
-| `dropped_token_fraction` | fraction of tokens none of whose assignments got a slot | 0 |
+| `dropped_token_fraction` | fraction of tokens that asked and got no slot at all | 0 |
+| `unrouted_fraction` | fraction of tokens that no expert sees, for whatever reason | 0 |
+| `experts_per_token` | mean number of experts that see a token | K |
 | `dead_experts` | number of experts nobody asked for | 0 |
 | `router_confidence` | mean over tokens of the largest probability | about 1/E |
 | `capacity_utilization` | filled slots / all slots | |
@@ -24,39 +26,51 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.moe.types import CapacityConvention, RoutingConfig
+from moe_jax.moe.config import RoutingConfig
+from moe_jax.moe.options import CapacityConvention
 
 
 def routing_metrics(
   probs_GSE: jax.Array,
-  expert_GSK: jax.Array,
-  asked_GSK: jax.Array,
-  kept_GSK: jax.Array,
+  asked_GSE: jax.Array,
+  kept_GSE: jax.Array,
   mask_GS: jax.Array,
   capacity: int,
   config: RoutingConfig,
 ) -> dict[str, jax.Array]:
-  """Returns the metrics of the table above; `asked` are real and used, `kept` have a slot."""
+  """Returns the metrics of the table above.
+
+  Args:
+    probs_GSE: (G, S, E) float32.
+    asked_GSE: (G, S, E) float32, 1 where a real token asked for an expert at first.
+    kept_GSE: (G, S, E) float32, 1 where it has a slot of that expert in the end.
+    mask_GS: (G, S) bool.
+    capacity: C.
+    config: `top_k` and `capacity_convention` are read.
+  """
   G, S, E = probs_GSE.shape
-  asks_GSKE = jax.nn.one_hot(expert_GSK, E) * asked_GSK[..., None]
-  count_E = jnp.sum(asks_GSKE, axis=(0, 1, 2))
-  asked, kept, real = jnp.sum(count_E), jnp.sum(kept_GSK), jnp.sum(mask_GS)
+  count_E = jnp.sum(asked_GSE, axis=(0, 1))
+  asked, kept, real = jnp.sum(count_E), jnp.sum(kept_GSE), jnp.sum(mask_GS)
   load_E = count_E / jnp.maximum(asked, 1.0)
-  lost_GS = jnp.any(asked_GSK, axis=-1) & ~jnp.any(kept_GSK, axis=-1)
+  alone_GS = mask_GS & ~jnp.any(kept_GSE > 0, axis=-1)
+  lost_GS = alone_GS & jnp.any(asked_GSE > 0, axis=-1)
   slots = G * E * capacity
   per_token = config.capacity_convention == CapacityConvention.PER_TOKEN
   confidence_GS = jnp.max(probs_GSE, axis=-1) * mask_GS
+  tokens = jnp.maximum(real, 1)
   metrics = {
     "load": load_E,
     "assignments": asked,
     **load_statistics(load_E),
     "max_violation_floor": max_violation_floor(G * S * config.top_k, E),
     "dropped_fraction": (asked - kept) / jnp.maximum(asked, 1.0),
-    "dropped_token_fraction": jnp.sum(lost_GS) / jnp.maximum(real, 1),
-    "router_confidence": jnp.sum(confidence_GS) / jnp.maximum(real, 1),
+    "dropped_token_fraction": jnp.sum(lost_GS) / tokens,
+    "unrouted_fraction": jnp.sum(alone_GS) / tokens,
+    "experts_per_token": kept / tokens,
+    "router_confidence": jnp.sum(confidence_GS) / tokens,
     "capacity_utilization": kept / slots,
     # Padding asks for nothing, so counting it would announce drops that cannot happen.
-    "slots_per_assignment": jnp.where(real > 0, slots / (config.top_k * jnp.maximum(real, 1)), 0.0),
+    "slots_per_assignment": jnp.where(real > 0, slots / (config.top_k * tokens), 0.0),
     "effective_capacity_factor": slots / (G * S * (1 if per_token else config.top_k)),
   }
   return jax.lax.stop_gradient({k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()})

@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe.types import RoutingPlan
+from moe_jax.moe.plan import RoutingPlan
 
 
 @functools.partial(
@@ -98,6 +98,11 @@ def _backward_collect(saved, dy):
 
 
 collect.defvjp(_save_collect, _backward_collect)
+
+
+def row_weights(weight_GN: jax.Array, moves: Moves) -> jax.Array:
+  """Returns (R, 1): the weight of the assignment in each row, 0 where a row is empty."""
+  return _look_up(weight_GN.reshape(-1), moves.assignment)[:, None]
 
 
 def _products(rows, dy, moves):

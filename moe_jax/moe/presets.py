@@ -4,15 +4,14 @@ import dataclasses
 
 from moe_jax.choices import did_you_mean
 from moe_jax.errors import UserError
-from moe_jax.moe.types import (
+from moe_jax.moe.config import RoutingConfig
+from moe_jax.moe.options import (
   BalanceFraction,
   BalanceScope,
   CapacityConvention,
   Grouping,
   Overflow,
   Rounding,
-  RoutingConfig,
-  Selection,
   Weighting,
 )
 
@@ -38,7 +37,7 @@ _PRESETS: dict[str, dict] = {
   "gshard": dict(
     num_experts=8,
     top_k=2,
-    selection=Selection.RANDOM_SECOND,
+    selection="random_second",
     weighting=Weighting.RENORMALIZED,
     capacity_convention=CapacityConvention.PER_ASSIGNMENT,
     capacity_factor=1.0,
@@ -92,6 +91,17 @@ def preset(name: str, **overrides) -> RoutingConfig:
     if field not in fields:
       raise UserError(f"routing config has no field {field!r}; {did_you_mean(field, fields)}")
   return RoutingConfig(**{**_PRESETS[name], **overrides})
+
+
+def register_preset(name: str, **fields) -> None:
+  """Enters a preset of one's own; see `register_selection` for a selection of one's own.
+
+  Raises:
+    UserError: a name that is taken.
+  """
+  if name in _PRESETS:
+    raise UserError(f"router preset {name!r} exists already; choose another name")
+  _PRESETS[name] = fields
 
 
 def preset_names() -> list[str]:

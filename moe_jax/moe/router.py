@@ -1,10 +1,16 @@
-"""The router's parameters: one linear map from token to expert logits, in float32."""
+"""The router's parameters: linear maps from token to expert logits, in float32, and its state."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.layers.parameters import parameter
+from moe_jax.layers.parameters import parameter, with_axes
+from moe_jax.moe.config import RoutingConfig
+from moe_jax.moe.options import BiasUpdate, Noise
+
+
+class RouterState(nnx.Variable):
+  """What training updates by rule and not by gradient: selection bias, adaptive loss scale."""
 
 
 class Router(nnx.Module):
@@ -12,20 +18,52 @@ class Router(nnx.Module):
 
   `jitter` multiplies the router's input alone by uniform noise in [1 - jitter, 1 + jitter] in
   training (Switch, arXiv 2101.03961 section 2.4).
+
+  Attributes:
+    kernel: (D, E') parameter; E' = `config.num_logits`.
+    noise_kernel: (D, E') parameter of `noise = learned`, zeros at first (arXiv 1701.06538
+      appendix A).
+    bias: (E') float32 `RouterState`, the selection bias, if `bias_update` asks for one.
+    balance_scale: float32 scalar `RouterState`, the factor of the balance loss's coefficient, if
+      `adaptive_target` is set.
   """
 
   def __init__(
-    self, model_dim: int, num_experts: int, *, key: jax.Array, scale: float, jitter: float = 0.0
+    self,
+    model_dim: int,
+    config: RoutingConfig,
+    *,
+    key: jax.Array,
+    scale: float,
+    jitter: float = 0.0,
   ):
     self.jitter = jitter
-    self.kernel = parameter(
-      key, (model_dim, num_experts), ("embed", "router"), fan_in=model_dim, scale=scale
-    )
+    shape, axes = (model_dim, config.num_logits), ("embed", "router")
+    self.kernel = parameter(key, shape, axes, fan_in=model_dim, scale=scale)
+    if config.noise == Noise.LEARNED:
+      self.noise_kernel = with_axes(jnp.zeros(shape, jnp.float32), axes)
+    if config.bias_update != BiasUpdate.NONE:
+      self.bias = RouterState(jnp.zeros(shape[1:], jnp.float32), axes=("router",))
+    if config.adaptive_target is not None:
+      self.balance_scale = RouterState(jnp.ones((), jnp.float32), axes=())
 
-  def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-    """Maps x (B, L, D) to logits (B, L, E) float32; `key` turns the jitter on."""
+  def __call__(
+    self, x: jax.Array, *, key: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array | None]:
+    """Maps x (B, L, D) to logits (B, L, E') float32; `key` turns the jitter on.
+
+    Also returns the standard deviation (B, L, E') of learned noise, or None.
+    """
     x = x.astype(jnp.float32)
     if self.jitter and key is not None:
       x = x * jax.random.uniform(key, x.shape, minval=1 - self.jitter, maxval=1 + self.jitter)
-    # The default float32 product on TPU runs bfloat16 passes.
-    return jnp.matmul(x, self.kernel[...], precision=jax.lax.Precision.HIGHEST)
+    noise_std = None
+    if hasattr(self, "noise_kernel"):
+      # Softplus underflows to 0 for very negative inputs, and the load loss divides by it.
+      noise_std = jax.nn.softplus(_product(x, self.noise_kernel)) + 1e-2
+    return _product(x, self.kernel), noise_std
+
+
+def _product(x: jax.Array, kernel: nnx.Param) -> jax.Array:
+  # The default float32 product on TPU runs bfloat16 passes.
+  return jnp.matmul(x, kernel[...], precision=jax.lax.Precision.HIGHEST)

@@ -4,8 +4,26 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.errors import UserError
-from moe_jax.moe import capacity, losses, metrics, scores, selection, weights
-from moe_jax.moe.types import RoutingConfig, RoutingPlan
+from moe_jax.moe import capacity, losses, placement, scores, weights
+from moe_jax.moe.config import RoutingConfig
+from moe_jax.moe.options import BalanceScope, Granularity, Noise, NullExpert, Priority
+from moe_jax.moe.plan import DensePlan, RoutingPlan
+from moe_jax.moe.registry import (
+  Chooser,
+  ExpertChoice,
+  SelectView,
+  SlotMixture,
+  TokenChoice,
+)
+from moe_jax.moe.segments import mean_of_segment
+from moe_jax.moe.summaries import (
+  Asks,
+  Call,
+  asks_of_experts,
+  asks_of_tokens,
+  losses_of,
+  metrics_of,
+)
 
 
 def route(
@@ -13,74 +31,224 @@ def route(
   config: RoutingConfig,
   *,
   token_mask: jax.Array | None = None,
+  token_ids: jax.Array | None = None,
+  segment_ids: jax.Array | None = None,
+  noise_scale: jax.Array | None = None,
+  bias: jax.Array | None = None,
+  global_load: jax.Array | None = None,
   key: jax.Array | None = None,
   train: bool = False,
-) -> RoutingPlan:
+) -> RoutingPlan | DensePlan:
   """Routes the tokens of each group to experts. Lossy where experts are full: see the metrics.
 
   Args:
-    logits: (G, S, E) router logits; computed on in float32.
+    logits: (G, S, E') router logits, E' = `config.num_logits`, which is E but for null experts,
+      hierarchical gates and Soft MoE; computed on in float32.
     config: the choice at every stage.
     token_mask: (G, S) bool, True = real token; None = all real. Padding takes no slot, has no
       weight, and enters no loss (but see `LossPadding`) and no metric.
-    key: for selections that draw random numbers in training.
+    token_ids: (G, S) integers, for selections by token id.
+    segment_ids: (G, S) integers, equal for consecutive tokens of one sequence; for
+      `granularity = segment` and `balance_scope = sequence`.
+    noise_scale: (G, S, E') standard deviation of the noise, for `noise = learned`.
+    bias: (E',) added to the scores for selection alone; it receives no gradient.
+    global_load: (E,), see `moe_jax.moe.losses.load_balance_loss`.
+    key: in training, for whatever the config draws: used as it is by a single stage that draws,
+      split in the order noise, selection, placement where several do.
     train: picks the train or eval capacity factor; outside training nothing is random.
 
   Returns:
-    The plan, N = S * K assignments a group in token-major order.
+    A RoutingPlan; with `selection = soft` a DensePlan.
 
   Raises:
-    UserError: shapes that do not fit, or training with a constant combine weight.
+    UserError: shapes that do not fit, a missing argument, or training with a constant weight.
   """
-  if logits.ndim != 3 or logits.shape[-1] != config.num_experts:
-    raise UserError(
-      f"router logits have shape {logits.shape}; expected (groups, tokens,"
-      f" num_experts = {config.num_experts})"
-    )
-  G, S, E = logits.shape
-  if token_mask is None:
-    token_mask = jnp.ones((G, S), bool)
-  elif token_mask.shape != (G, S) or token_mask.dtype != bool:
-    raise UserError(
-      f"token_mask has shape {token_mask.shape} and dtype {token_mask.dtype};"
-      f" expected {(G, S)} and bool, True = real token"
-    )
-  if train:
-    config.check_trainable()
+  mask = _checked_mask(logits, config, token_mask)
+  _check_arguments(config, mask.shape, token_ids, segment_ids, bias, key, train)
   with jax.named_scope("route"):
-    return _route(logits.astype(jnp.float32), config, token_mask, key, train)
+    # Whatever stands in padding, an infinity or a NaN too, must reach no sum and no gradient.
+    logits = jnp.where(mask[..., None], logits.astype(jnp.float32), 0.0)
+    if config.granularity == Granularity.SEGMENT:
+      logits = mean_of_segment(logits, mask, segment_ids)
+    keys = _split_key(key if train else None, config)
+    noise, std = _noise(logits, config, keys["noise"], noise_scale, mask)
+    inputs = (config, mask, bias, token_ids, segment_ids, keys["select"], train)
+    view = _view(logits + noise, *inputs)
+    call = Call(view, config, logits, std, global_load)
+    chosen = config.selector.function(view, config)
+    return _PLANS[config.selector.chooser](call, chosen, keys["place"])
 
 
-def _route(logits_GSE, config, mask_GS, key, train):
-  G, S, E = logits_GSE.shape
-  # Whatever stands in padding, an infinity or a NaN too, must reach no sum and no gradient.
-  logits_GSE = jnp.where(mask_GS[..., None], logits_GSE, 0.0)
-  probs_GSE = scores.softmax_scores(logits_GSE)
-  expert_GSK, used_GSK = selection.select(probs_GSE, config, key=key, train=train)
-  asked_GSK = used_GSK & mask_GS[..., None]
+def _split_key(key, config):
+  """Returns a key for each stage that draws, None for the others."""
+  draws = {
+    "noise": config.noise != Noise.NONE,
+    "select": config.selector.draws,
+    "place": config.priority == Priority.RANDOM,
+  }
+  names = [name for name, does in draws.items() if does]
+  keys = dict.fromkeys(draws)
+  if key is not None and names:
+    own = [key] if len(names) == 1 else jax.random.split(key, len(names))
+    keys.update(zip(names, own, strict=True))
+  return keys
 
-  C = capacity.expert_capacity(config, S, train=train)
-  slot_GSK = capacity.place(expert_GSK, asked_GSK, jnp.max(probs_GSE, axis=-1), config)
-  kept_GSK = asked_GSK & (slot_GSK < C)
-  weight_GSK = weights.weigh(probs_GSE, logits_GSE, expert_GSK, kept_GSK, config.weighting)
 
-  token_GSK = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32)[:, None], expert_GSK.shape)
-  token, expert, slot, weight, kept = (
-    a.reshape(G, S * config.top_k) for a in (token_GSK, expert_GSK, slot_GSK, weight_GSK, kept_GSK)
+def _noise(logits, config, key, noise_scale, mask):
+  """Returns noise for real tokens and its standard deviation (None for other than normal noise)."""
+  if key is None:
+    return 0.0, None
+  std = None
+  if config.noise != Noise.GUMBEL:
+    std = scores.noise_std(logits.shape, config, noise_scale)
+  return jnp.where(mask[..., None], scores.draw_noise(logits.shape, config, key, std), 0.0), std
+
+
+def _view(logits, config, mask, bias, token_ids, segment_ids, key, train):
+  """Scores the tokens, and applies to `ranking` what only selection sees."""
+  score = scores.score_logits(logits, config)
+  ranking = jax.lax.stop_gradient(score if bias is None else score + bias)
+  if config.num_expert_groups > 1 and config.selector.ranked:
+    ranking = scores.limit_to_groups(ranking, config)
+  slots = capacity.expert_capacity(config, mask.shape[1], train=train)
+  return SelectView(score, ranking, logits, mask, token_ids, segment_ids, key, slots, train)
+
+
+def _token_plan(call: Call, chosen: TokenChoice, key: jax.Array | None) -> RoutingPlan:
+  """Places what tokens asked for."""
+  view, config, E = call.view, call.config, call.config.num_experts
+  G, S, K = chosen.expert.shape
+  asked = chosen.used & view.mask[..., None]
+  real, null = asked & (chosen.expert < E), asked & (chosen.expert >= E)
+  score = jnp.take_along_axis(view.scores, chosen.expert, axis=-1)
+  best = jnp.max(view.scores, axis=-1)
+  placed = placement.place(
+    chosen.expert, real, view.ranking, score, best, config, capacity=view.capacity, key=key
   )
+  weight = _weigh(view, chosen, placed.expert, placed.kept | null, config)
+  token = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32)[:, None], (G, S, K))
+  columns = token, placed.expert, placed.slot, jnp.where(null, 0.0, weight), placed.kept
+  wished = _weigh(view, chosen, chosen.expert, asked, config)
+  asks = asks_of_tokens(chosen.expert, real, placed, wished, E)
   return RoutingPlan(
-    token=token,
-    expert=expert,
-    slot=slot,
-    weight=weight,
-    valid=kept,
-    losses={
-      "load_balance": losses.load_balance_loss(probs_GSE, expert_GSK, mask_GS, config),
-      "router_z": losses.router_z_loss(logits_GSE, mask_GS, config.loss_padding),
-    },
-    metrics=metrics.routing_metrics(probs_GSE, expert_GSK, asked_GSK, kept_GSK, mask_GS, C, config),
+    *(a.reshape(G, S * K) for a in columns),
+    identity=_identity(weight, null, config),
+    losses=losses_of(call, asks),
+    metrics=metrics_of(call, asks),
     num_tokens=S,
     num_experts=E,
-    capacity=C,
-    top_k=config.top_k,
+    capacity=view.capacity,
+    top_k=K,
+    weight_on=config.weight_on,
   )
+
+
+def _weigh(view, chosen, expert, kept, config):
+  if chosen.weight is not None:
+    return jnp.where(kept, chosen.weight, 0.0) * config.weight_scale
+  return weights.weigh(view.scores, view.logits, expert, kept, config)
+
+
+def _identity(weight, null, config):
+  """Returns (G, S), the weight of a token in its own output, or None."""
+  if not config.num_null_experts or config.null_expert == NullExpert.ZERO:
+    return None
+  return jnp.sum(jnp.where(null, weight, 0.0), axis=-1)
+
+
+def _expert_plan(call: Call, chosen: ExpertChoice, key: None) -> RoutingPlan:
+  """Lists what experts took; slot c of an expert holds its c-th best token."""
+  view, config = call.view, call.config
+  G, E, C = chosen.token.shape
+  score = jnp.take_along_axis(view.scores.swapaxes(1, 2), chosen.token, axis=-1)
+  weight = weights.discrete(score, config.weighting) * config.weight_scale
+  expert = jnp.broadcast_to(jnp.arange(E, dtype=jnp.int32)[:, None], (G, E, C))
+  slot = jnp.broadcast_to(jnp.arange(C, dtype=jnp.int32), (G, E, C))
+  columns = chosen.token, expert, slot, jnp.where(chosen.taken, weight, 0.0), chosen.taken
+  asks = asks_of_experts(chosen.token, chosen.taken, weight, view.mask.shape[1])
+  return RoutingPlan(
+    *(a.reshape(G, E * C) for a in columns),
+    identity=None,
+    losses=losses_of(call, asks),
+    metrics=metrics_of(call, asks),
+    num_tokens=view.mask.shape[1],
+    num_experts=E,
+    capacity=C,
+    weight_on=config.weight_on,
+  )
+
+
+def _dense_plan(call: Call, chosen: SlotMixture, key: None) -> DensePlan:
+  """Every token enters every slot."""
+  z = losses.router_z_loss(call.logits, call.view.mask, call.config.loss_padding)
+  share = jnp.sum(chosen.combine, axis=-1)
+  everywhere = jnp.broadcast_to(call.view.mask[..., None].astype(jnp.float32), share.shape)
+  asks = Asks(share, everywhere, share, everywhere, share)
+  return DensePlan(chosen.dispatch, chosen.combine, {"router_z": z}, metrics_of(call, asks))
+
+
+_PLANS = {
+  Chooser.TOKEN: _token_plan,
+  Chooser.EXPERT: _expert_plan,
+  Chooser.SLOT: _dense_plan,
+}
+
+
+def _checked_mask(logits, config, token_mask):
+  if logits.ndim != 3 or logits.shape[-1] != config.num_logits:
+    raise UserError(
+      f"router logits have shape {logits.shape}; expected (groups, tokens,"
+      f" {_logits_in_words(config)})"
+    )
+  shape = logits.shape[:2]
+  if token_mask is None:
+    return jnp.ones(shape, bool)
+  if token_mask.shape != shape or token_mask.dtype != bool:
+    raise UserError(
+      f"token_mask has shape {token_mask.shape} and dtype {token_mask.dtype};"
+      f" expected {shape} and bool, True = real token"
+    )
+  return token_mask
+
+
+def _logits_in_words(config):
+  if config.num_logits == config.num_experts:
+    return f"num_experts = {config.num_experts}"
+  return f"{config.num_logits} logits for num_experts = {config.num_experts}"
+
+
+def _check_arguments(config, shape, token_ids, segment_ids, bias, key, train):
+  if train:
+    config.check_trainable()
+    if config.needs_key and key is None:
+      raise UserError(
+        f"{_what_draws(config)} draws random numbers in training: key = None was given, a"
+        " jax.random.key is needed"
+      )
+  needed = {
+    "token_ids": (token_ids, config.selector.needs_token_ids, f"selection = {config.selection}"),
+    "segment_ids": (segment_ids, *_needs_segments(config)),
+  }
+  for name, (ids, needs, reader) in needed.items():
+    if ids is None and needs:
+      raise UserError(f"{reader} reads {name}: None was given, integers of shape {shape} expected")
+    if ids is not None and (ids.shape != shape or not jnp.issubdtype(ids.dtype, jnp.integer)):
+      raise UserError(
+        f"{name} has shape {ids.shape} and dtype {ids.dtype}; expected {shape} and integers"
+      )
+  if bias is not None and bias.shape != (config.num_logits,):
+    raise UserError(f"bias has shape {bias.shape}; expected ({config.num_logits},)")
+
+
+def _needs_segments(config):
+  if config.granularity == Granularity.SEGMENT:
+    return True, "granularity = segment"
+  return config.balance_scope == BalanceScope.SEQUENCE, "balance_scope = sequence"
+
+
+def _what_draws(config):
+  if config.selector.draws:
+    return f"selection = {config.selection}"
+  if config.noise != Noise.NONE:
+    return f"noise = {config.noise}"
+  return f"priority = {config.priority}"

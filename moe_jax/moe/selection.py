@@ -1,50 +1,133 @@
-"""Select stage: scores -> the experts a token asks for."""
+"""Select stage, token choice: which experts a token asks for."""
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.errors import UserError
-from moe_jax.moe.types import RoutingConfig, Selection
+from moe_jax.moe.config import RoutingConfig
+from moe_jax.moe.registry import SelectView, TokenChoice, register_selection
+from moe_jax.moe.scores import by_expert_group
 
 
-def select(
-  scores_GSE: jax.Array,
-  config: RoutingConfig,
-  *,
-  key: jax.Array | None,
-  train: bool,
-) -> tuple[jax.Array, jax.Array]:
-  """Chooses K experts a token.
+def ask(expert_GSK: jax.Array) -> TokenChoice:
+  """Returns the choice in which every selected expert is asked."""
+  return TokenChoice(expert_GSK.astype(jnp.int32), jnp.ones(expert_GSK.shape, bool))
 
-  Args:
-    scores_GSE: (G, S, E) float32.
-    config: `top_k` and `selection` are read.
-    key: needed by `random_second` in training.
-    train: outside training every choice is deterministic.
 
-  Returns:
-    expert_GSK (G, S, K) int32, best first, ties to the lower id; used_GSK (G, S, K) bool, False
-    where a selected expert is not asked after all.
+@register_selection("top_k", ranked=True)
+def top_k(view: SelectView, config: RoutingConfig) -> TokenChoice:
+  """Selects the K largest; ties go to the lower expert id."""
+  return ask(jax.lax.top_k(view.ranking, config.top_k)[1])
 
-  Raises:
-    UserError: `random_second` in training without a key.
+
+@register_selection("random_second", draws=True, ranked=True)
+def random_second(view: SelectView, config: RoutingConfig) -> TokenChoice:
+  """Selects two, and asks the second with probability min(1, g2 / second_threshold) in training.
+
+  g2 is the second score divided by the sum of both. A threshold of 0.5 is GShard's 2 g2 > u
+  (arXiv 2006.16668 Algorithm 1); ST-MoE uses 0.2 (arXiv 2202.08906 appendix C). Outside training
+  the second is always asked.
   """
-  top_GSK, expert_GSK = jax.lax.top_k(scores_GSE, config.top_k)
-  used_GSK = jnp.ones_like(expert_GSK, bool)
-  if config.selection == Selection.RANDOM_SECOND and train:
-    if key is None:
-      raise UserError(
-        "selection = random_second draws random numbers in training: key = None"
-        " was given, a jax.random.key is needed"
-      )
-    used_GSK = used_GSK.at[..., 1].set(_second_is_used(top_GSK, key))
-  return expert_GSK, used_GSK
+  choice = top_k(view, config)
+  if not view.train:
+    return choice
+  share_GS = _second_share(view, choice)
+  drawn_GS = jax.random.uniform(view.key, share_GS.shape)
+  used_GS = share_GS > drawn_GS * config.second_threshold
+  return TokenChoice(choice.expert, choice.used.at[..., 1].set(used_GS))
 
 
-def _second_is_used(top_GSK: jax.Array, key: jax.Array) -> jax.Array:
-  """Draws the second expert with probability min(1, 2 g2) (GShard, arXiv 2006.16668 Algorithm 1).
+@register_selection("threshold_second", ranked=True)
+def threshold_second(view: SelectView, config: RoutingConfig) -> TokenChoice:
+  """Selects two, and asks the second where its share of both scores exceeds second_threshold.
 
-  g2 is the second score divided by the sum of both.
+  The `threshold` policy of Mesh TensorFlow's top-2 gating.
   """
-  second_GS = top_GSK[..., 1] / jnp.sum(top_GSK, axis=-1)
-  return 2.0 * second_GS > jax.random.uniform(key, second_GS.shape)
+  choice = top_k(view, config)
+  used_GS = _second_share(view, choice) > config.second_threshold
+  return TokenChoice(choice.expert, choice.used.at[..., 1].set(used_GS))
+
+
+def _second_share(view: SelectView, choice: TokenChoice) -> jax.Array:
+  score_GSK = jnp.take_along_axis(view.scores, choice.expert, axis=-1)
+  total_GS = jnp.sum(score_GSK, axis=-1)
+  return score_GSK[..., 1] / jnp.where(total_GS > 0, total_GS, 1.0)
+
+
+@register_selection("sample", draws=True)
+def sample(view: SelectView, config: RoutingConfig) -> TokenChoice:
+  """Samples K experts without replacement in proportion to their scores; outside training, top-k.
+
+  Gumbel noise on the logarithm of the scores (arXiv 1903.06059): the K largest are such a sample.
+  """
+  if not view.train:
+    return top_k(view, config)
+  tiny = jnp.finfo(jnp.float32).tiny
+  noisy = jnp.log(jnp.maximum(view.scores, tiny)) + jax.random.gumbel(view.key, view.scores.shape)
+  return ask(jax.lax.top_k(noisy, config.top_k)[1])
+
+
+@register_selection("random", draws=True, learned=False)
+def random(view: SelectView, config: RoutingConfig) -> TokenChoice:
+  """Selects K experts uniformly, without replacement: duplicates would double a weight.
+
+  Outside training the choice is a fixed function of the position in the group.
+  """
+  key = view.key if view.train else jax.random.key(config.hash_seed)
+  drawn = jax.random.uniform(key, view.scores.shape)
+  return ask(jax.lax.top_k(drawn, config.top_k)[1])
+
+
+@register_selection("positive")
+def positive(view: SelectView, config: RoutingConfig) -> TokenChoice:
+  """Asks every expert whose score is above 0 (ReMoE, arXiv 2412.14711 Eq. 5)."""
+  score_GSE, expert_GSE = jax.lax.top_k(view.ranking, config.num_experts)
+  return TokenChoice(expert_GSE.astype(jnp.int32), score_GSE > 0)
+
+
+@register_selection("hierarchical")
+def hierarchical(view: SelectView, config: RoutingConfig) -> TokenChoice:
+  """Selects gates, then experts inside each of them (arXiv 1701.06538 appendix B).
+
+  Returns the K / gates best experts of the best gate, then those of the next.
+  """
+  gates, E = config.num_expert_groups, config.num_experts
+  _, gate_GSA = jax.lax.top_k(view.logits[..., E:], config.top_expert_groups)
+  inner = by_expert_group(view.logits[..., :E], gates)
+  _, best = jax.lax.top_k(inner, config.top_k // config.top_expert_groups)
+  best_GSAB = jnp.take_along_axis(best, gate_GSA[..., None], axis=-2)
+  expert = gate_GSA[..., None] * (E // gates) + best_GSAB
+  return ask(expert.reshape(*expert.shape[:-2], config.top_k))
+
+
+@register_selection("hash", learned=False, needs_token_ids=True)
+def hash_ids(view: SelectView, config: RoutingConfig) -> TokenChoice:
+  """Selects by the token's id, whatever the router says (hash layers, arXiv 2106.04426).
+
+  `hash_ngram` = 1 hashes the id, 2 also the id before it in the group, and so on; positions before
+  the start count as id 0. The K choices are K consecutive experts from the hashed one on. For a
+  table balanced by frequency, pass `moe_jax.moe.hashing.balanced_table(...)[token_ids]` with
+  `selection = table`.
+  """
+  hashed_GS = jnp.full(view.token_ids.shape, config.hash_seed, jnp.uint32)
+  for back in range(config.hash_ngram):
+    shifted = jnp.pad(view.token_ids, ((0, 0), (back, 0)))[:, : view.token_ids.shape[1]]
+    hashed_GS = mix_bits(hashed_GS ^ mix_bits(shifted.astype(jnp.uint32) + 1))
+  return _consecutive((hashed_GS % config.num_experts).astype(jnp.int32), config)
+
+
+@register_selection("table", learned=False, needs_token_ids=True)
+def table(view: SelectView, config: RoutingConfig) -> TokenChoice:
+  """Takes `token_ids` as the expert ids themselves, as looked up in a table of one's own."""
+  return _consecutive(view.token_ids.astype(jnp.int32) % config.num_experts, config)
+
+
+def _consecutive(first_GS: jax.Array, config: RoutingConfig) -> TokenChoice:
+  offset_K = jnp.arange(config.top_k, dtype=jnp.int32)
+  return ask((first_GS[..., None] + offset_K) % config.num_experts)
+
+
+def mix_bits(value: jax.Array) -> jax.Array:
+  """Mixes uint32 bits so that consecutive ids land on unrelated experts (MurmurHash3 finaliser)."""
+  value = (value ^ (value >> 16)) * jnp.uint32(0x85EBCA6B)
+  value = (value ^ (value >> 13)) * jnp.uint32(0xC2B2AE35)
+  return value ^ (value >> 16)
