@@ -302,7 +302,7 @@ def _check_weights(config: RoutingConfig) -> None:
   own = config.selection == "sparsemixer"
   wanted = "sparsemixer with selection = sparsemixer, which makes its own weights"
   if not own:
-    wanted = f"another one with selection = {config.selection}: these weights need selection = sparsemixer"
+    wanted = "another one, or selection = sparsemixer, which makes these weights"
   _require(config, "weighting", own == (config.weighting == Weighting.SPARSEMIXER), wanted)
 
 
