@@ -1,7 +1,7 @@
 """Dispatch and combine: two verbs that move tokens to their experts and back.
 
-A dispatcher has `dispatch(x, plan) -> rows` and `combine(rows, plan) -> y`. In between, experts map
-rows to rows of the same layout. Every form gives the same numbers and drops the same tokens, since
+A dispatcher has `dispatch(x, plan) -> rows` and `combine(results, plan) -> y`. In between, experts
+map rows to results. Every form gives the same numbers and drops the same tokens, since
 the plan decides both; they differ in time and memory:
 
 | form | rows | cost beyond the expert products |
@@ -46,18 +46,38 @@ class SlottedRows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RaggedRows:
-  """Tokens sorted by expert: rows (G*N, D), the first `rows_per_expert[0]` for expert 0 and so on.
+  """Which rows (R, D), sorted by expert, the experts are to read; none is copied yet.
 
-  rows_per_expert: (E,) int32. Rows beyond their sum are zeros and belong to no expert.
-  position: (G, N) int32, the row of each assignment of the plan.
+  The first `rows_per_expert[0]` rows are for expert 0 and so on; R is the number of assignments.
+
+  Attributes:
+    x: (T, D) the tokens of all groups.
+    weight: (N,) float32, the combine weight of each assignment.
+    moves: the row of each assignment; rows beyond the sum of `rows_per_expert` are empty.
+    rows_per_expert: (E,) int32.
   """
 
-  rows: jax.Array
+  x: jax.Array
+  weight: jax.Array
+  moves: Moves
   rows_per_expert: jax.Array
-  position: jax.Array
+
+  @property
+  def rows(self) -> jax.Array:
+    """Returns the copied rows (R, D); an empty row is zeros."""
+    return spread(self.x, self.moves)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenSums:
+  """What ragged rows come back as: y (T, D), each token's weighted sum over its experts."""
+
+  y: jax.Array
 
 
 ExpertRows = SlottedRows | RaggedRows
+ExpertResults = SlottedRows | TokenSums
 
 
 class Dispatcher(Protocol):
@@ -66,7 +86,7 @@ class Dispatcher(Protocol):
   def dispatch(self, x: jax.Array, plan: RoutingPlan) -> ExpertRows:
     """Returns the rows of all experts, in the dtype of x."""
 
-  def combine(self, rows: ExpertRows, plan: RoutingPlan) -> jax.Array:
+  def combine(self, rows: ExpertResults, plan: RoutingPlan) -> jax.Array:
     """Returns each token's weighted sum, taken in float32, in the dtype of the rows."""
 
 
@@ -110,7 +130,11 @@ class GatherDispatcher:
 
 
 class RaggedDispatcher:
-  """Assignments sorted by expert, without buffers (MegaBlocks, arXiv 2211.15841 section 4)."""
+  """Assignments sorted by expert, without buffers (MegaBlocks, arXiv 2211.15841 section 4).
+
+  Dispatch only sorts. The experts look tokens up, weigh and sum, so that combine has nothing left
+  to do.
+  """
 
   def dispatch(self, x: jax.Array, plan: RoutingPlan) -> RaggedRows:
     """See `Dispatcher`."""
@@ -124,14 +148,13 @@ class RaggedDispatcher:
       .set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
       .reshape(plan.expert.shape)
     )
-    rows = spread(x.reshape(-1, D), make_moves(plan, position, order.size))
-    return RaggedRows(rows, jnp.bincount(expert, length=E).astype(jnp.int32), position)
+    moves = make_moves(plan, position, order.size)
+    rows_per_expert = jnp.bincount(expert, length=E).astype(jnp.int32)
+    return RaggedRows(x.reshape(-1, D), plan.weight.reshape(-1), moves, rows_per_expert)
 
-  def combine(self, rows: RaggedRows, plan: RoutingPlan) -> jax.Array:
+  def combine(self, rows: TokenSums, plan: RoutingPlan) -> jax.Array:
     """See `Dispatcher`."""
-    G, D = plan.token.shape[0], rows.rows.shape[-1]
-    moves = make_moves(plan, rows.position, rows.rows.shape[0])
-    return collect(rows.rows, plan.weight.reshape(-1), moves).reshape(G, -1, D)
+    return rows.y.reshape(plan.token.shape[0], plan.num_tokens, -1)
 
 
 _DISPATCHERS = {

@@ -12,6 +12,7 @@ from moe_jax.layers.dropout import split_key
 from moe_jax.layers.mlp import Activation, FeedForwardConfig
 from moe_jax.moe.dispatch import Dispatch, get_dispatcher
 from moe_jax.moe.experts import Experts
+from moe_jax.moe.grouped import GroupedKernel
 from moe_jax.moe.groups import from_groups, to_groups
 from moe_jax.moe.router import Router
 from moe_jax.moe.routing import route
@@ -29,6 +30,7 @@ class MoEConfig:
     expert_dropout: dropout inside experts (Switch fine-tunes with 0.4 here and 0.1 elsewhere).
     router_jitter: multiplicative noise on the router's input in training.
     dispatch: how tokens travel; changes speed and memory, not results.
+    grouped_kernel: what runs the experts of `ragged` dispatch; it belongs to that form alone.
   """
 
   routing: RoutingConfig = dataclasses.field(metadata={"flatten": True})
@@ -38,9 +40,17 @@ class MoEConfig:
   expert_dropout: float = 0.0
   router_jitter: float = 0.0
   dispatch: Dispatch = Dispatch.GATHER
+  grouped_kernel: GroupedKernel = GroupedKernel.AUTO
 
   def __post_init__(self):
     object.__setattr__(self, "dispatch", as_choice(Dispatch, "dispatch", self.dispatch))
+    kernel = as_choice(GroupedKernel, "grouped_kernel", self.grouped_kernel)
+    object.__setattr__(self, "grouped_kernel", kernel)
+    if kernel != GroupedKernel.AUTO and self.dispatch != Dispatch.RAGGED:
+      raise UserError(
+        f"grouped_kernel = {kernel} with dispatch = {self.dispatch} would not be used: set"
+        " dispatch = ragged, or grouped_kernel = auto"
+      )
     for name in ("expert_dropout", "router_jitter"):
       if not 0.0 <= getattr(self, name) < 1.0:
         raise UserError(f"{name} = {getattr(self, name)} is refused: it must be in [0, 1)")
@@ -89,6 +99,7 @@ class MoELayer(nnx.Module):
       config.feed_forward(),
       key=experts_key,
       scale=init_scale,
+      kernel=config.grouped_kernel,
     )
 
   def __call__(
