@@ -8,10 +8,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.megablox import gmm as megablox
+from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
-# The largest tiles (rows, contracted, result) whose double-buffered blocks fit the 16 MiB of vector
-# memory that a kernel gets by default, in float32 too.
+# The largest tiles of bfloat16 (rows and the two axes of a weight) whose double-buffered blocks fit
+# the 16 MiB of vector memory that a kernel gets; compiled for v4, v5e, v5p and v6e.
 _MULTIPLY_TILES = (512, 1024, 1024)
 _OUTER_TILES = (512, 512, 1024)
 # Rows of a tile come in multiples of the 16 sublanes of a packed bfloat16 register.
@@ -29,8 +29,8 @@ class Megablox:
   ) -> jax.Array:
     """See `Kernels`."""
     out_dim = weights.shape[1 if transpose else 2]
-    tiling = _tiling(_MULTIPLY_TILES, rows.shape[0], rows.shape[1], out_dim)
-    out = megablox.gmm(
+    tiling = _tiling(_MULTIPLY_TILES, (*rows.shape, out_dim), rows.dtype)
+    out = gmm(
       _whole_tiles(rows, tiling[0]),
       weights,
       group_sizes,
@@ -46,8 +46,8 @@ class Megablox:
     self, rows: jax.Array, others: jax.Array, group_sizes: jax.Array, dtype: jax.typing.DTypeLike
   ) -> jax.Array:
     """See `Kernels`."""
-    tiling = _tiling(_OUTER_TILES, rows.shape[0], rows.shape[1], others.shape[1])
-    return megablox.tgmm(
+    tiling = _tiling(_OUTER_TILES, (*rows.shape, others.shape[1]), rows.dtype)
+    return tgmm(
       _whole_tiles(rows, tiling[0]).T,
       _whole_tiles(others, tiling[0]),
       group_sizes,
@@ -57,10 +57,13 @@ class Megablox:
     )
 
 
-def _tiling(largest: tuple[int, int, int], *dims: int) -> tuple[int, int, int]:
+def _tiling(
+  largest: tuple[int, int, int], dims: tuple[int, int, int], dtype: jax.typing.DTypeLike
+) -> tuple[int, int, int]:
   """Returns tiles no larger than the arrays; the kernels mask what overhangs, but not in rows."""
-  rows, contracted, result = (min(tile, dim) for tile, dim in zip(largest, dims, strict=True))
-  return -(-rows // _ROW_MULTIPLE) * _ROW_MULTIPLE, contracted, result
+  fitting = (largest[0], 2 * largest[1] // jnp.dtype(dtype).itemsize, largest[2])
+  rows, first, second = (min(tile, dim) for tile, dim in zip(fitting, dims, strict=True))
+  return -(-rows // _ROW_MULTIPLE) * _ROW_MULTIPLE, first, second
 
 
 def _whole_tiles(rows: jax.Array, tile: int) -> jax.Array:

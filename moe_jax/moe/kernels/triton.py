@@ -99,11 +99,10 @@ def _multiply_kernel(
   def step(i, total):
     first = i * config.depth_tile
     a = _load(rows_ref, start, first, config.rows_tile, config.depth_tile, mine)
-    weight = weights_ref.at[group]
     if transpose:
-      b = _load(weight, first_out, first, config.out_tile, config.depth_tile)
+      b = _load(weights_ref, first_out, first, config.out_tile, config.depth_tile, group=group)
     else:
-      b = _load(weight, first, first_out, config.depth_tile, config.out_tile)
+      b = _load(weights_ref, first, first_out, config.depth_tile, config.out_tile, group=group)
     return total + pl.dot(a, b, trans_b=transpose)
 
   # The rows beyond the groups are written as the zeros that the sum starts from.
@@ -128,7 +127,7 @@ def _outer_kernel(config, start_ref, end_ref, rows_ref, others_ref, out_ref):
   steps = pl.cdiv(end - start, config.depth_tile)
   total = jax.lax.fori_loop(0, steps, step, jnp.zeros((config.rows_tile, config.out_tile)))
   mine = first + jnp.arange(config.rows_tile) < out_ref.shape[1]
-  _store(out_ref.at[group], first, first_out, total, mine)
+  _store(out_ref, first, first_out, total, mine, group=group)
 
 
 def _patchwise(index, num_tiles: int, num_columns: int):
@@ -139,16 +138,21 @@ def _patchwise(index, num_tiles: int, num_columns: int):
   return patch * _PATCH + within % height, within // height
 
 
-def _load(ref, row, column, num_rows: int, num_columns: int, mine=None):
-  """Reads a tile; 0 beyond the array and in rows that are not `mine`."""
+def _load(ref, row, column, num_rows: int, num_columns: int, mine=None, group=None):
+  """Reads a tile, of one group if given; 0 beyond the array and in rows that are not `mine`."""
   if mine is None:
-    mine = row + jnp.arange(num_rows) < ref.shape[0]
-  inside = column + jnp.arange(num_columns) < ref.shape[1]
-  tile = ref.at[pl.ds(row, num_rows), pl.ds(column, num_columns)]
-  return plgpu.load(tile, mask=mine[:, None] & inside[None, :], other=0)
+    mine = row + jnp.arange(num_rows) < ref.shape[-2]
+  tile, inside = _tile(ref, row, column, (num_rows, num_columns), group)
+  return plgpu.load(tile, mask=mine[:, None] & inside, other=0)
 
 
-def _store(ref, row, column, values, mine):
-  inside = column + jnp.arange(values.shape[1]) < ref.shape[1]
-  tile = ref.at[pl.ds(row, values.shape[0]), pl.ds(column, values.shape[1])]
-  plgpu.store(tile, values.astype(ref.dtype), mask=mine[:, None] & inside[None, :])
+def _store(ref, row, column, values, mine, group=None):
+  tile, inside = _tile(ref, row, column, values.shape, group)
+  plgpu.store(tile, values.astype(ref.dtype), mask=mine[:, None] & inside)
+
+
+def _tile(ref, row, column, shape, group):
+  """Returns the tile's reference, and which of its columns (1, columns) the array has."""
+  inside = column + jnp.arange(shape[1]) < ref.shape[-1]
+  where = (pl.ds(row, shape[0]), pl.ds(column, shape[1]))
+  return ref.at[where if group is None else (group, *where)], inside[None, :]
