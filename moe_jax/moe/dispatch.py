@@ -94,7 +94,9 @@ class EinsumDispatcher:
   """One-hot dispatch and combine tensors (GShard, arXiv 2006.16668 Algorithm 2).
 
   Both products have the highest precision: a TPU's default would round float32 tokens and combine
-  weights to bfloat16.
+  weights to bfloat16. Combine weighs the rows in their slots and moves them by the mask that
+  dispatch used. The combine tensor itself would give the same sums, but its gradient is a product
+  as large as the two others; that of a weight in a slot is a sum over D.
   """
 
   def dispatch(self, x: jax.Array, plan: RoutingPlan) -> SlottedRows:
@@ -107,8 +109,8 @@ class EinsumDispatcher:
     """See `Dispatcher`."""
     y = jnp.einsum(
       "GSEC,EGCD->GSD",
-      plan.combine_weights(),
-      _by_group(rows.rows, plan).astype(jnp.float32),
+      plan.dispatch_mask().astype(jnp.float32),
+      _by_group(rows.rows, plan).astype(jnp.float32) * _slot_weights(plan)[..., None],
       precision=jax.lax.Precision.HIGHEST,
     )
     return y.astype(rows.rows.dtype)
@@ -172,6 +174,18 @@ def get_dispatcher(form: Dispatch) -> Dispatcher:
 def _by_group(rows_END: jax.Array, plan: RoutingPlan) -> jax.Array:
   """(E, G*C, D) -> (E, G, C, D)."""
   return rows_END.reshape(plan.num_experts, -1, plan.capacity, rows_END.shape[-1])
+
+
+def _slot_weights(plan: RoutingPlan) -> jax.Array:
+  """Returns (E, G, C) float32: the combine weight of the token in each slot; 0 in an empty one."""
+  groups_GN = jnp.arange(plan.token.shape[0])[:, None]
+  shape = (plan.num_experts, plan.token.shape[0], plan.capacity)
+  slot_GN = jnp.where(plan.valid, plan.slot, plan.capacity)
+  return (
+    jnp.zeros(shape, plan.weight.dtype)
+    .at[plan.expert, groups_GN, slot_GN]
+    .set(plan.weight, mode="drop")
+  )
 
 
 def _slot_moves(plan: RoutingPlan) -> Moves:

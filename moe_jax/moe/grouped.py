@@ -24,7 +24,7 @@ from moe_jax.moe.moves import Moves, collect, look_up, spread
 
 # product(rows (M, D), weight) -> (M, D'); the weight is one expert's, or that of all experts.
 Product = Callable[[jax.Array, jax.Array], jax.Array]
-# network(rows (M, D), scale (M,) float32, weights, key or None, product) -> rows (M, D) times scale.
+# network(rows (M, D), scale (M,) float32, weights, key or None, product) -> scaled rows (M, D)
 Network = Callable[[jax.Array, jax.Array, Any, jax.Array | None, Product], jax.Array]
 
 

@@ -132,9 +132,7 @@ def _block(token, scale, start, size, i, block: int, num_tokens: int):
   Another expert's rows are left out here: 0 * inf would put a NaN into this one's gradient.
   """
   mine = i * block + jnp.arange(block) < size
-  token, scale = (
-    jax.lax.dynamic_slice_in_dim(a, start + i * block, block) for a in (token, scale)
-  )
+  token, scale = (jax.lax.dynamic_slice_in_dim(a, start + i * block, block) for a in (token, scale))
   return jnp.where(mine, token, num_tokens), jnp.where(mine, scale, 0.0)
 
 

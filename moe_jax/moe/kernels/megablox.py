@@ -10,18 +10,22 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
-# The largest tiles of bfloat16 (rows and the two axes of a weight) whose double-buffered blocks fit
-# the 16 MiB of vector memory that a kernel gets; compiled for v4, v5e, v5p and v6e.
-_MULTIPLY_TILES = (512, 1024, 1024)
-_OUTER_TILES = (512, 512, 1024)
+# The largest tiles of a bfloat16 weight whose double-buffered blocks fit, beside 512 rows, into the
+# 16 MiB of vector memory that a kernel gets; compiled for v4, v5e, v5p and v6e.
+_MULTIPLY_TILE = (1024, 1024)
+_OUTER_TILE = (512, 1024)
 # Rows of a tile come in multiples of the 16 sublanes of a packed bfloat16 register.
 _ROW_MULTIPLE = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Megablox:
-  """See `moe_jax.moe.kernels.products.Kernels`; `interpret` runs anywhere, slowly, for tests."""
+  """See `moe_jax.moe.kernels.products.Kernels`; `interpret` runs anywhere, slowly, for tests.
 
+  rows_tile: rows at a time, a multiple of 16.
+  """
+
+  rows_tile: int = 512
   interpret: bool = False
 
   def multiply(
@@ -29,7 +33,7 @@ class Megablox:
   ) -> jax.Array:
     """See `Kernels`."""
     out_dim = weights.shape[1 if transpose else 2]
-    tiling = _tiling(_MULTIPLY_TILES, (*rows.shape, out_dim), rows.dtype)
+    tiling = self._tiling(_MULTIPLY_TILE, rows, out_dim)
     out = gmm(
       _whole_tiles(rows, tiling[0]),
       weights,
@@ -46,7 +50,7 @@ class Megablox:
     self, rows: jax.Array, others: jax.Array, group_sizes: jax.Array, dtype: jax.typing.DTypeLike
   ) -> jax.Array:
     """See `Kernels`."""
-    tiling = _tiling(_OUTER_TILES, (*rows.shape, others.shape[1]), rows.dtype)
+    tiling = self._tiling(_OUTER_TILE, rows, others.shape[1])
     return tgmm(
       _whole_tiles(rows, tiling[0]).T,
       _whole_tiles(others, tiling[0]),
@@ -56,14 +60,11 @@ class Megablox:
       interpret=self.interpret,
     )
 
-
-def _tiling(
-  largest: tuple[int, int, int], dims: tuple[int, int, int], dtype: jax.typing.DTypeLike
-) -> tuple[int, int, int]:
-  """Returns tiles no larger than the arrays; the kernels mask what overhangs, but not in rows."""
-  fitting = (largest[0], 2 * largest[1] // jnp.dtype(dtype).itemsize, largest[2])
-  rows, first, second = (min(tile, dim) for tile, dim in zip(fitting, dims, strict=True))
-  return -(-rows // _ROW_MULTIPLE) * _ROW_MULTIPLE, first, second
+  def _tiling(self, largest: tuple[int, int], rows: jax.Array, out_dim: int):
+    """Returns tiles no larger than the arrays; the kernels mask what overhangs a weight."""
+    num_rows = min(self.rows_tile, -(-rows.shape[0] // _ROW_MULTIPLE) * _ROW_MULTIPLE)
+    depth = 2 * largest[0] // rows.dtype.itemsize
+    return num_rows, min(depth, rows.shape[1]), min(largest[1], out_dim)
 
 
 def _whole_tiles(rows: jax.Array, tile: int) -> jax.Array:
