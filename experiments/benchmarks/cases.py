@@ -110,6 +110,7 @@ def make_cases(shape: Shape, forms: Sequence[Dispatch], dtype: jnp.dtype) -> lis
 
   After `ragged`, which comes last, stands the same layer without its experts' products. All forms
   share one set of weights, float32 as in training, and compute in `dtype`.
+  """
   x = jax.random.normal(jax.random.key(0), (1, shape.tokens, shape.model_dim), dtype)
   routings = [(form, routing) for form in forms for routing in _routings(shape, form)]
   weights = nnx.state(_layer(shape, *routings[0]))
