@@ -15,6 +15,7 @@ from moe_jax.layers.parameters import parameter
 from moe_jax.moe.config import RoutingConfig
 from moe_jax.moe.dispatch import Dispatch, get_dispatcher
 from moe_jax.moe.experts import Experts
+from moe_jax.moe.grouped import GroupedKernel
 from moe_jax.moe.groups import from_groups, to_groups
 from moe_jax.moe.losses import loss_weights
 from moe_jax.moe.plan import DensePlan, RoutingPlan
@@ -45,6 +46,7 @@ class MoEConfig:
     shared_combine: how the shared experts' output is added.
     router_jitter: multiplicative noise on the router's input in training.
     dispatch: how tokens travel; changes speed and memory, not results.
+    grouped_kernel: what runs the experts of `ragged` dispatch; it belongs to that form alone.
   """
 
   routing: RoutingConfig = dataclasses.field(metadata={"flatten": True})
@@ -56,10 +58,21 @@ class MoEConfig:
   shared_combine: SharedCombine = SharedCombine.ADD
   router_jitter: float = 0.0
   dispatch: Dispatch = Dispatch.GATHER
+  grouped_kernel: GroupedKernel = GroupedKernel.AUTO
 
   def __post_init__(self):
-    for name, kind in (("dispatch", Dispatch), ("shared_combine", SharedCombine)):
+    choices = {
+      "dispatch": Dispatch,
+      "shared_combine": SharedCombine,
+      "grouped_kernel": GroupedKernel,
+    }
+    for name, kind in choices.items():
       object.__setattr__(self, name, as_choice(kind, name, getattr(self, name)))
+    if self.grouped_kernel != GroupedKernel.AUTO and self.dispatch != Dispatch.RAGGED:
+      raise UserError(
+        f"grouped_kernel = {self.grouped_kernel} with dispatch = {self.dispatch} would not be"
+        " used: set dispatch = ragged, or grouped_kernel = auto"
+      )
     for name in ("expert_dropout", "router_jitter"):
       if not 0.0 <= getattr(self, name) < 1.0:
         raise UserError(f"{name} = {getattr(self, name)} is refused: it must be in [0, 1)")
@@ -140,6 +153,7 @@ class MoELayer(nnx.Module):
       config.feed_forward(),
       key=experts_key,
       scale=init_scale,
+      kernel=config.grouped_kernel,
     )
     if config.shared_hidden_dim:
       self.shared = SharedExperts(

@@ -54,7 +54,7 @@ def make_moves(plan: RoutingPlan, row_GN: jax.Array, num_rows: int) -> Moves:
 @jax.custom_vjp
 def spread(x: jax.Array, moves: Moves) -> jax.Array:
   """Returns rows (R, D) of tokens x (T, D); an empty row is zeros."""
-  return _look_up(x, _look_up(moves.token, moves.assignment, moves.num_tokens))
+  return look_up(x, look_up(moves.token, moves.assignment, moves.num_tokens))
 
 
 def _save_spread(x, moves):
@@ -75,13 +75,13 @@ def collect(rows: jax.Array, weight: jax.Array, moves: Moves) -> jax.Array:
   The result has the dtype of `rows`. An assignment without a row adds nothing.
   """
   if moves.top_k is None:
-    weighted = _look_up(rows, moves.row).astype(jnp.float32) * weight[:, None]
+    weighted = look_up(rows, moves.row).astype(jnp.float32) * weight[:, None]
     y = jnp.zeros((moves.num_tokens, rows.shape[1]), jnp.float32).at[moves.token].add(weighted)
   else:
     row_TK, weight_TK = (a.reshape(moves.num_tokens, -1) for a in (moves.row, weight))
     # One lookup a choice, rather than one of (T, K, D), lets XLA fuse them into a single sum.
     y = sum(
-      _look_up(rows, row_TK[:, k]).astype(jnp.float32) * weight_TK[:, k, None]
+      look_up(rows, row_TK[:, k]).astype(jnp.float32) * weight_TK[:, k, None]
       for k in range(moves.top_k)
     )
   return y.astype(rows.dtype)
@@ -93,16 +93,11 @@ def _save_collect(rows, weight, moves):
 
 def _backward_collect(saved, dy):
   rows, weight, moves = saved
-  drows = spread(dy, moves).astype(jnp.float32) * _look_up(weight, moves.assignment)[:, None]
+  drows = spread(dy, moves).astype(jnp.float32) * look_up(weight, moves.assignment)[:, None]
   return drows.astype(rows.dtype), _products(rows, dy, moves), None
 
 
 collect.defvjp(_save_collect, _backward_collect)
-
-
-def row_weights(weight_GN: jax.Array, moves: Moves) -> jax.Array:
-  """Returns (R, 1): the weight of the assignment in each row, 0 where a row is empty."""
-  return _look_up(weight_GN.reshape(-1), moves.assignment)[:, None]
 
 
 def _products(rows, dy, moves):
@@ -110,7 +105,7 @@ def _products(rows, dy, moves):
 
   def product(token_and_row):
     token, row = token_and_row
-    return jnp.sum(_look_up(rows, row).astype(jnp.float32) * dy[token].astype(jnp.float32), -1)
+    return jnp.sum(look_up(rows, row).astype(jnp.float32) * dy[token].astype(jnp.float32), -1)
 
   # In turns of one choice a token: all N looked-up rows at once would be one more buffer.
   def by_choice(a):
@@ -120,5 +115,6 @@ def _products(rows, dy, moves):
   return products.T.reshape(-1)
 
 
-def _look_up(values: jax.Array, index: jax.Array, fill: int = 0) -> jax.Array:
+def look_up(values: jax.Array, index: jax.Array, fill: int = 0) -> jax.Array:
+  """Returns values[index], and `fill` where the index lies beyond the values."""
   return values.at[index].get(mode="fill", fill_value=fill)
