@@ -65,8 +65,8 @@ def _repair(state, optimizer, config) -> TrainState:
       reset[path] = old[path].replace(_over_experts(cold[rows], old[path]))
       params[path] = _select(reset[path], new, old[path])
     bias = (*stack.path, "router", "bias")
-    if bias in router_state and config.repair.init == RepairInit.COPY:
-      router_state[bias] = _copy_bias(router_state[bias], load[rows], cold[rows])
+    if bias in router_state:
+      router_state[bias] = _repair_bias(router_state[bias], load[rows], cold[rows], config)
   return dataclasses.replace(
     state,
     params=nnx.from_flat_state(params.items()),
@@ -122,11 +122,18 @@ def _noisy_copy(variable, hottest: jax.Array, key: jax.Array, noise: float) -> j
   return jax.vmap(of_repeat)(value, hottest, jax.random.split(key, value.shape[0]))
 
 
-def _copy_bias(variable, load: jax.Array, cold: jax.Array) -> nnx.Variable:
-  """Lets a copy compete at the bias of its original: its own is that of an expert nobody wants."""
+def _repair_bias(variable, load: jax.Array, cold: jax.Array, config) -> nnx.Variable:
+  """Replaces the bias of cold experts, (repeats, E'): theirs is that of an expert nobody wants.
+
+  A copy competes at the bias of its original, a fresh expert at the mean of the warm ones.
+  """
   bias = variable.get_value()
-  original = jnp.take_along_axis(bias, jnp.argmax(load, -1, keepdims=True), axis=-1)
-  return variable.replace(jnp.where(_over_experts(cold, variable), original, bias))
+  if config.repair.init == RepairInit.COPY:
+    new = jnp.take_along_axis(bias, jnp.argmax(load, -1, keepdims=True), axis=-1)
+  else:
+    warm = bias[:, : cold.shape[1]]
+    new = jnp.mean(warm, axis=-1, keepdims=True, where=~cold)
+  return variable.replace(jnp.where(_over_experts(cold, variable), new, bias))
 
 
 def _over_experts(cold: jax.Array, variable: nnx.Variable) -> jax.Array:

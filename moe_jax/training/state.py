@@ -1,4 +1,4 @@
-"""What a training step changes: parameters, router state, optimiser state. No hidden randomness."""
+"""What a training step changes: parameters, router and optimiser state. No hidden randomness."""
 
 import dataclasses
 import enum
@@ -13,7 +13,6 @@ from flax import nnx
 from moe_jax.models import Decoder, ModelConfig
 from moe_jax.moe.router import RouterState
 from moe_jax.training.config import RepairConfig
-
 
 NO_REPAIR = RepairConfig()
 
