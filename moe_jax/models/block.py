@@ -46,6 +46,11 @@ class Block(nnx.Module):
     self.feed_forward_norm = RMSNorm(config.model_dim, config.norm_epsilon)
     self.feed_forward = _FEED_FORWARDS[feed_forward](config, ff_key)
 
+  @property
+  def has_experts(self) -> bool:
+    """Whether the feed-forward is a MoE layer."""
+    return isinstance(self.feed_forward, MoELayer)
+
   def __call__(
     self,
     x: jax.Array,
@@ -53,23 +58,28 @@ class Block(nnx.Module):
     tokens: TokenInfo,
     cache: KVCache | None,
     *,
+    global_load: jax.Array | None,
     key: jax.Array | None,
     train: bool,
   ) -> tuple[jax.Array, KVCache | None, MoEAux | None]:
-    """Maps x (B, L, D) to x, the new cache, and the router's record if there are experts."""
+    """Maps x (B, L, D) to x, the new cache, and the router's record if there are experts.
+
+    `global_load` (E,) belongs to the router, see `moe_jax.moe.losses.load_balance_loss`.
+    """
     mixer_key, ff_key, drop_key = split_key(key, 3)
     y, cache = self.mixer(self.mixer_norm(x), context, cache, key=mixer_key)
     x = x + y
-    y, aux = self._feed_forward(self.feed_forward_norm(x), tokens, ff_key, train)
+    y, aux = self._feed_forward(self.feed_forward_norm(x), tokens, global_load, ff_key, train)
     return x + dropout(y, self.dropout_rate, drop_key), cache, aux
 
-  def _feed_forward(self, x, tokens, key, train):
-    if isinstance(self.feed_forward, MoELayer):
+  def _feed_forward(self, x, tokens, global_load, key, train):
+    if self.has_experts:
       return self.feed_forward(
         x,
         token_mask=tokens.mask,
         token_ids=tokens.ids,
         segment_ids=tokens.segment_ids,
+        global_load=global_load,
         key=key,
         train=train,
       )

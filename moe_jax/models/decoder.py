@@ -82,6 +82,7 @@ class Decoder(nnx.Module):
     token_mask: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     positions: jax.Array | None = None,
+    global_load: jax.Array | None = None,
     return_aux: bool = False,
     train: bool = False,
     key: jax.Array | None = None,
@@ -93,6 +94,8 @@ class Decoder(nnx.Module):
       token_mask: (B, L) bool, True = real token; None = all real.
       segment_ids: (B, L) int32 of packed documents; attention stays inside a segment.
       positions: (B, L) int32; None counts the real tokens of each row.
+      global_load: (MoE layers, E) float32, the load fractions of a whole optimiser step of which
+        this call is one microbatch; see `moe_jax.moe.losses.load_balance_loss`.
       return_aux: also return the routers' record.
       train: training capacity, dropout, jitter and random selection.
       key: random key for training, needed if the config draws random numbers.
@@ -106,6 +109,7 @@ class Decoder(nnx.Module):
     """
     _check_tokens(tokens, token_mask, segment_ids, positions)
     self._check_key(train, key)
+    self._check_global_load(global_load)
     if token_mask is None:
       token_mask = jnp.ones(tokens.shape, bool)
     if positions is None:
@@ -117,7 +121,8 @@ class Decoder(nnx.Module):
       mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
     context = AttentionContext(self._rotary(positions), mask)
     info = TokenInfo(token_mask, tokens, segment_ids)
-    x, _, records = self._run(info, context, None, key=key if train else None, train=train)
+    key = key if train else None
+    x, _, records = self._run(info, context, None, global_load=global_load, key=key, train=train)
     logits = self._logits(x)
     return (logits, self._aux(records)) if return_aux else logits
 
@@ -151,7 +156,9 @@ class Decoder(nnx.Module):
     )
     context = AttentionContext(self._rotary(positions), mask, cache.index)
     info = TokenInfo(token_mask, tokens)
-    x, segments, _ = self._run(info, context, cache.segments, key=None, train=False)
+    x, segments, _ = self._run(
+      info, context, cache.segments, global_load=None, key=None, train=False
+    )
     index = cache.index + tokens.shape[1]
     # An update beyond the last slot would silently overwrite earlier ones.
     x = jnp.where(index <= slots_mask.shape[1], x, jnp.nan)
@@ -168,7 +175,7 @@ class Decoder(nnx.Module):
     segments = [tuple(empty(s.repeats) for _ in s.pattern) for s in self.config.parsed_segments()]
     return DecoderCache(segments, jnp.zeros((batch_size, num_slots), bool), jnp.int32(0))
 
-  def _run(self, tokens: TokenInfo, context, caches, *, key, train):
+  def _run(self, tokens: TokenInfo, context, caches, *, global_load, key, train):
     embed_key, *keys = split_key(key, 1 + len(self.segments))
     # An id outside the vocabulary must not pass for a word; what padding holds does not matter.
     ids = jnp.where(tokens.mask, tokens.ids, 0)
@@ -182,7 +189,12 @@ class Decoder(nnx.Module):
     caches = [None] * len(self.segments) if caches is None else caches
     new_caches, records = [], []
     for segment, cache, segment_key in zip(self.segments, caches, keys, strict=True):
-      x, cache, aux = segment(x, context, tokens, cache, key=segment_key, train=train)
+      load = None
+      if global_load is not None:
+        load = global_load[len(records) : len(records) + segment.num_moe_layers]
+      x, cache, aux = segment(
+        x, context, tokens, cache, global_load=load, key=segment_key, train=train
+      )
       new_caches.append(cache)
       records.extend(aux)
     return x, new_caches, records
@@ -209,6 +221,16 @@ class Decoder(nnx.Module):
     if train and key is None and (self.config.dropout or self.config.mlp.dropout or moe_key):
       raise UserError(
         "training this model draws random numbers: key = None was given, a jax.random.key is needed"
+      )
+
+  def _check_global_load(self, global_load) -> None:
+    if global_load is None:
+      return
+    experts = self.config.moe.routing.num_experts if self.config.moe else 0
+    expected = (len(self.config.moe_layers()), experts)
+    if global_load.shape != expected:
+      raise UserError(
+        f"global_load has shape {global_load.shape}; expected {expected}, a row for each MoE layer"
       )
 
 

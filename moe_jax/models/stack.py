@@ -39,6 +39,7 @@ class ScannedSegment(nnx.Module):
     state = jax.vmap(lambda key: nnx.split(pattern(key))[1])(jax.random.split(key, segment.repeats))
     self.blocks = nnx.merge(graphdef, _name_layer_axis(state))
     self.repeats = segment.repeats
+    self.num_moe_layers = segment.repeats * sum(block.has_experts for block in self.blocks)
 
   def __call__(
     self,
@@ -47,32 +48,42 @@ class ScannedSegment(nnx.Module):
     tokens: TokenInfo,
     cache: SegmentCache,
     *,
+    global_load: jax.Array | None,
     key: jax.Array | None,
     train: bool,
   ) -> tuple[jax.Array, SegmentCache, list[MoEAux]]:
-    """Runs the segment and returns x, the new cache and one aux record a MoE layer, in order."""
+    """Runs the segment and returns x, the new cache and one aux record a MoE layer, in order.
+
+    `global_load` is (MoE layers of the segment, E) or None.
+    """
     graphdef, state = nnx.split(self.blocks)
     keys = None if key is None else jax.random.split(key, self.repeats)
 
+    if global_load is not None:
+      global_load = global_load.reshape(self.repeats, -1, global_load.shape[-1])
+
     def body(x, per_repeat):
-      state, cache, key = per_repeat
-      return _run_pattern(
-        nnx.merge(graphdef, state), x, context, tokens, cache, key=key, train=train
-      )
+      state, cache, load, key = per_repeat
+      blocks = nnx.merge(graphdef, state)
+      return _run_pattern(blocks, x, context, tokens, cache, global_load=load, key=key, train=train)
 
     if self.remat != Remat.NONE:
       body = jax.checkpoint(body, policy=_REMAT_POLICIES[self.remat])
-    x, (cache, aux) = jax.lax.scan(body, x, (state, cache, keys), unroll=self.unroll)
+    x, (cache, aux) = jax.lax.scan(body, x, (state, cache, global_load, keys), unroll=self.unroll)
     records = [record for i in range(self.repeats) for record in _take_repeat(aux, i)]
     return x, cache, records
 
 
-def _run_pattern(blocks, x, context, tokens, cache, *, key, train):
+def _run_pattern(blocks, x, context, tokens, cache, *, global_load, key, train):
   keys = [None] * len(blocks) if key is None else jax.random.split(key, len(blocks))
   caches = (None,) * len(blocks) if cache is None else cache
   new_caches, records = [], []
   for block, block_cache, block_key in zip(blocks, caches, keys, strict=True):
-    x, new_cache, aux = block(x, context, tokens, block_cache, key=block_key, train=train)
+    # The records so far tell how many MoE layers came before this block.
+    load = None if global_load is None or not block.has_experts else global_load[len(records)]
+    x, new_cache, aux = block(
+      x, context, tokens, block_cache, global_load=load, key=block_key, train=train
+    )
     new_caches.append(new_cache)
     records.extend([] if aux is None else [aux])
   return x, (None if cache is None else tuple(new_caches), records)

@@ -20,7 +20,7 @@ from moe_jax.moe.groups import from_groups, to_groups
 from moe_jax.moe.losses import loss_weights
 from moe_jax.moe.plan import DensePlan, RoutingPlan
 from moe_jax.moe.registry import Chooser
-from moe_jax.moe.router import Router
+from moe_jax.moe.router import Router, RouterInit
 from moe_jax.moe.routing import route
 
 
@@ -45,6 +45,7 @@ class MoEConfig:
       for none. n shared experts of width F are one network of width n * F.
     shared_combine: how the shared experts' output is added.
     router_jitter: multiplicative noise on the router's input in training.
+    router_init: how the router's columns stand to each other at first.
     dispatch: how tokens travel; changes speed and memory, not results.
     grouped_kernel: what runs the experts of `ragged` dispatch; it belongs to that form alone.
   """
@@ -57,6 +58,7 @@ class MoEConfig:
   shared_hidden_dim: int = 0
   shared_combine: SharedCombine = SharedCombine.ADD
   router_jitter: float = 0.0
+  router_init: RouterInit = RouterInit.NORMAL
   dispatch: Dispatch = Dispatch.GATHER
   grouped_kernel: GroupedKernel = GroupedKernel.AUTO
 
@@ -64,6 +66,7 @@ class MoEConfig:
     choices = {
       "dispatch": Dispatch,
       "shared_combine": SharedCombine,
+      "router_init": RouterInit,
       "grouped_kernel": GroupedKernel,
     }
     for name, kind in choices.items():
@@ -87,6 +90,19 @@ class MoEConfig:
         " slots mix all tokens; use dispatch = einsum"
       )
     self.feed_forward()
+
+  def check_width(self, model_dim: int) -> None:
+    """Refuses a model width that has no room for orthogonal router columns.
+
+    Raises:
+      UserError: `router_init = orthogonal` with more logits than dimensions.
+    """
+    logits = self.routing.num_logits
+    if self.router_init == RouterInit.ORTHOGONAL and model_dim < logits:
+      raise UserError(
+        f"router_init = orthogonal needs model_dim of at least {logits}, one dimension for each"
+        f" router logit; model_dim = {model_dim}: use router_init = normal"
+      )
 
   def feed_forward(self) -> FeedForwardConfig:
     """Returns the config of one expert."""
@@ -142,10 +158,16 @@ class MoELayer(nnx.Module):
   """
 
   def __init__(self, model_dim: int, config: MoEConfig, *, key: jax.Array, init_scale: float = 1.0):
+    config.check_width(model_dim)
     router_key, experts_key = jax.random.split(key)
     self.config = config
     self.router = Router(
-      model_dim, config.routing, key=router_key, scale=init_scale, jitter=config.router_jitter
+      model_dim,
+      config.routing,
+      key=router_key,
+      scale=init_scale,
+      jitter=config.router_jitter,
+      init=config.router_init,
     )
     self.experts = Experts(
       model_dim,

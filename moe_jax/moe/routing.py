@@ -113,7 +113,8 @@ def _noise(logits, config, key, noise_scale, mask):
 def _view(logits, config, mask, bias, ids, key, train):
   """Scores the tokens, and applies to `ranking` what only selection sees."""
   score = scores.score_logits(logits, config)
-  ranking = jax.lax.stop_gradient(score if bias is None else score + bias)
+  bias = 0.0 if bias is None else jnp.broadcast_to(bias, score.shape)
+  ranking = jax.lax.stop_gradient(score + bias)
   if config.num_expert_groups > 1 and config.selector.ranked:
     ranking = scores.limit_to_groups(ranking, config)
   slots = capacity.expert_capacity(config, mask.shape[1], train=train)
