@@ -299,11 +299,11 @@ def _check_weights(config: RoutingConfig) -> None:
       fits = (Weighting.RAW, Weighting.HARD, Weighting.STRAIGHT_THROUGH)
     wanted = f"{' or '.join(fits)} with selection = {config.selection}"
     _require(config, "weighting", config.weighting in fits, wanted)
-  mixed = config.weighting == Weighting.SPARSEMIXER
-  if mixed != (config.selection == "sparsemixer"):
-    other = "with selection = sparsemixer, and only with it"
-    wanted = f"sparsemixer {other}"
-    _require(config, "weighting", False, wanted)
+  own = config.selection == "sparsemixer"
+  wanted = "sparsemixer with selection = sparsemixer, which makes its own weights"
+  if not own:
+    wanted = "another one, or selection = sparsemixer, which makes these weights"
+  _require(config, "weighting", own == (config.weighting == Weighting.SPARSEMIXER), wanted)
 
 
 def _check_losses(config: RoutingConfig) -> None:

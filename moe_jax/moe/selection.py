@@ -131,3 +131,13 @@ def mix_bits(value: jax.Array) -> jax.Array:
   value = (value ^ (value >> 16)) * jnp.uint32(0x85EBCA6B)
   value = (value ^ (value >> 13)) * jnp.uint32(0xC2B2AE35)
   return value ^ (value >> 16)
+
+
+@register_selection("replay", needs_expert_ids=True)
+def replay(view: SelectView, config: RoutingConfig) -> TokenChoice:
+  """Forces recorded experts; a negative id asks nobody.
+
+  Weights come from the router's present scores of those experts, so that it still trains.
+  """
+  expert_GSK = view.expert_ids.astype(jnp.int32)
+  return TokenChoice(jnp.maximum(expert_GSK, 0), expert_GSK >= 0)
