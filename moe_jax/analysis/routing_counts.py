@@ -198,7 +198,7 @@ def _score_sums(probs, logits, real) -> dict[str, jax.Array]:
     "tokens": _sum(real),
     "probability": jnp.sum(probs, axis=tuple(range(real.ndim))),
     "confidence": jnp.sum(jnp.max(probs, axis=-1)),
-    "margin": jnp.sum(jnp.where(real, confidence.margin_of_tokens(probs), 0.0)),
+    "margin": jnp.sum(confidence.margin_of_tokens(probs)),
     "token_entropy": jnp.sum(entropy(probs)),
     "squared_logsumexp": jnp.sum(jnp.where(real, squared, 0.0)),
     "logit_magnitude": jnp.zeros(len(_LOGIT_EDGES) + 1, jnp.int32).at[bins].add(real),

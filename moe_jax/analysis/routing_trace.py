@@ -217,18 +217,19 @@ def _first_fault(trace: RoutingTrace) -> str | None:
     array = getattr(trace, name)
     if array.shape != shape or array.dtype != kind:
       return f"{name} has shape {array.shape} and dtype {array.dtype}, expected {shape} {kind}"
-  faults = (_layer_fault(i, layer, shape) for i, layer in enumerate(trace.layers))
+  faults = (_layer_fault(i, layer, trace.token_mask) for i, layer in enumerate(trace.layers))
   return next(filter(None, faults), None)
 
 
-def _layer_fault(index: int, layer: LayerTrace, shape: tuple[int, int]) -> str | None:
+def _layer_fault(index: int, layer: LayerTrace, token_mask: np.ndarray) -> str | None:
   shapes = {getattr(layer, name).shape for name in _LAYER_ARRAYS}
-  if len(shapes) != 1 or layer.expert.ndim != 3 or layer.expert.shape[:2] != shape:
-    return f"layer {index} has arrays of shapes {sorted(shapes)}, expected {shape} and K"
+  if len(shapes) != 1 or layer.expert.ndim != 3 or layer.expert.shape[:2] != token_mask.shape:
+    return f"layer {index} has arrays of shapes {sorted(shapes)}, expected {token_mask.shape} and K"
   kinds = (layer.expert.dtype.kind, layer.weight.dtype, layer.kept.dtype)
   if kinds != ("i", np.float32, bool):
     return f"layer {index} has dtypes {kinds}, expected integers, float32 and bool"
-  ids = layer.expert[layer.kept]
-  if ids.size and not (0 <= ids.min() and ids.max() < layer.num_experts):
-    return f"layer {index} names expert {ids.max()}, expected 0 to {layer.num_experts - 1}"
+  ids = layer.expert[token_mask]
+  wrong = ids[(ids < 0) | (ids >= layer.num_experts)]
+  if wrong.size:
+    return f"layer {index} names expert {wrong[0]}, expected 0 to {layer.num_experts - 1}"
   return None
