@@ -209,6 +209,7 @@ def _sum(mask, axis=None) -> jax.Array:
   return jnp.sum(mask, axis=axis, dtype=jnp.int32)
 
 
+@jax.jit
 def finish(counts: RoutingCounts) -> dict[str, jax.Array]:
   """Takes the ratios: float32 scalars, but for `load`, `dropped_fraction_by_choice` and bins.
 

@@ -18,5 +18,8 @@ depends on the sample a function `expected_...` or `..._floor` returns it, to be
 | `communication` | devices a token visits |
 | `information` | entropy, mutual information and divergence underneath |
 
+What takes many small operations is compiled, so that calls outside a compiled function are one
+program each.
+
 Sums over microbatches and devices: `moe_jax.analysis.routing_counts`.
 """

@@ -4,6 +4,8 @@ A mask of None means "all". Masks are arguments: no id and no value marks paddin
 mask is False is never read.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +29,7 @@ def full_mask(mask: jax.Array | None, shape: tuple[int, ...], name: str) -> jax.
   return mask
 
 
+@jax.jit
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
   """Returns the float32 mean of `values` where `mask` is True; 0 where nothing is."""
   # A NaN times 0 is a NaN, so what is masked out is replaced, not multiplied away.
@@ -34,6 +37,7 @@ def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
   return total / jnp.maximum(jnp.sum(mask), 1)
 
 
+@jax.jit
 def ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
   """Returns numerator / denominator in float32, 0 where the denominator is 0."""
   numerator = jnp.asarray(numerator, jnp.float32)
@@ -48,8 +52,8 @@ def count_ids(ids: jax.Array, size: int, mask: jax.Array, name: str) -> jax.Arra
     UserError: an id is out of range. Inside a compiled function, where ids are not known, it is
       left out of the counts.
   """
-  index = _checked(ids, size, mask, name)
-  return jnp.zeros(size, jnp.int32).at[index].add(1, mode="drop")
+  _refuse_out_of_range(ids, size, mask, name)
+  return _count((jnp.asarray(ids),), (size,), mask)
 
 
 def count_pairs(
@@ -64,24 +68,32 @@ def count_pairs(
   Raises:
     UserError: as `count_ids`, for either side.
   """
-  sides = zip((rows, columns), shape, names, strict=True)
-  index = tuple(_checked(ids, size, mask, name) for ids, size, name in sides)
-  return jnp.zeros(shape, jnp.int32).at[index].add(1, mode="drop")
+  for ids, size, name in zip((rows, columns), shape, names, strict=True):
+    _refuse_out_of_range(ids, size, mask, name)
+  return _count((jnp.asarray(rows), jnp.asarray(columns)), shape, mask)
 
 
+@functools.partial(jax.jit, static_argnames="num_experts")
 def expert_sets(expert: jax.Array, num_experts: int, asked: jax.Array) -> jax.Array:
   """Turns choices (..., K) into sets (..., E) bool: which experts the token asked for."""
   chosen = jax.nn.one_hot(expert, num_experts, dtype=bool) & asked[..., None]
   return jnp.any(chosen, axis=-2)
 
 
-def _checked(ids: jax.Array, size: int, mask: jax.Array, name: str) -> jax.Array:
-  """Returns the ids with `size`, which every scatter drops, where they do not count."""
-  ids = jnp.asarray(ids)
-  counted = mask & (ids >= 0) & (ids < size)
-  if not isinstance(counted, jax.core.Tracer):
-    wrong = np.asarray(ids)[np.asarray(mask & ~counted)]
-    if wrong.size:
-      raise UserError(f"{name} holds {wrong[0]}; expected integers from 0 to {size - 1}")
-  # A negative index would count from the end.
-  return jnp.where(counted, ids, size)
+@functools.partial(jax.jit, static_argnames="shape")
+def _count(ids: tuple[jax.Array, ...], shape: tuple[int, ...], mask: jax.Array) -> jax.Array:
+  # A negative index would count from the end; `size` lies outside, where a scatter drops.
+  index = tuple(
+    jnp.where(mask & (each >= 0), each.astype(jnp.int32), size)
+    for each, size in zip(ids, shape, strict=True)
+  )
+  return jnp.zeros(shape, jnp.int32).at[index].add(1, mode="drop")
+
+
+def _refuse_out_of_range(ids: jax.Array, size: int, mask: jax.Array, name: str) -> None:
+  if isinstance(ids, jax.core.Tracer) or isinstance(mask, jax.core.Tracer):
+    return
+  counted = np.asarray(ids)[np.asarray(mask)]
+  wrong = counted[(counted < 0) | (counted >= size)]
+  if wrong.size:
+    raise UserError(f"{name} holds {wrong[0]}; expected integers from 0 to {size - 1}")

@@ -52,6 +52,7 @@ def effective_experts(counts_E: jax.Array) -> jax.Array:
   return jnp.exp(load_entropy(counts_E))
 
 
+@jax.jit
 def squared_coefficient_of_variation(values_E: jax.Array) -> jax.Array:
   """Returns CV^2 = Var(v) / mean(v)^2, (...), with the population variance.
 
@@ -64,6 +65,7 @@ def squared_coefficient_of_variation(values_E: jax.Array) -> jax.Array:
   return ratio(jnp.var(values_E, axis=-1), jnp.square(mean))
 
 
+@jax.jit
 def coefficient_of_variation(values_E: jax.Array) -> jax.Array:
   """Returns CV = std(v) / mean(v), (...), with the population deviation; see its square.
 
@@ -111,6 +113,7 @@ def importance(
   return jnp.zeros(num_experts, jnp.float32).at[index].add(gates, mode="drop")
 
 
+@jax.jit
 def max_violation(counts_E: jax.Array) -> jax.Array:
   """Returns MaxVio = (max c - mean c) / mean c, (...) (arXiv 2408.15664 Eq. 4).
 
@@ -166,6 +169,7 @@ def permanently_dead_experts(counts_by_step_E: jax.Array, last_fraction: float =
   return dead_experts(jnp.sum(counts_by_step_E[-steps:], axis=0))
 
 
+@jax.jit
 def normalized_balance_loss(counts_E: jax.Array, probability_E: jax.Array) -> jax.Array:
   """Returns E * sum_e f_e P_e with f and P scaled to sum to 1, (...). Uniform: 1.
 

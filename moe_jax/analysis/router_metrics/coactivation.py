@@ -46,6 +46,7 @@ def coactivation_counts(
   return jnp.where(jnp.eye(num_experts, dtype=bool), alone, sets.T @ sets)
 
 
+@jax.jit
 def coactivation(counts_EE: jax.Array) -> jax.Array:
   """Returns Coact(i, j) = N_ij / N_i, (E, E) with a diagonal of 0 (arXiv 2409.02060 Eq. 6).
 

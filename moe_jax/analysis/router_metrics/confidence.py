@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.analysis.router_metrics.arrays import full_mask, masked_mean
-from moe_jax.analysis.router_metrics.information import distribution, entropy
+from moe_jax.analysis.router_metrics.information import distribution, entropy, relative_entropy
 from moe_jax.moe.losses import router_z_loss
 from moe_jax.moe.types import LossPadding
 
@@ -39,6 +39,7 @@ def top_margin(probs_E: jax.Array, token_mask: jax.Array | None = None) -> jax.A
   return _mean_over_tokens(margin_of_tokens(probs_E), token_mask)
 
 
+@jax.jit
 def margin_of_tokens(probs_E: jax.Array) -> jax.Array:
   """Returns (...) float32, the largest less the second largest probability of each token."""
   if probs_E.shape[-1] == 1:
@@ -47,6 +48,7 @@ def margin_of_tokens(probs_E: jax.Array) -> jax.Array:
   return largest[..., 0] - largest[..., 1]
 
 
+@jax.jit
 def token_entropy(probs_E: jax.Array, token_mask: jax.Array | None = None) -> jax.Array:
   """Returns H(E|t) = mean_t H(p_t) in nats. Uniform: ln E. Certain: 0.
 
@@ -55,6 +57,7 @@ def token_entropy(probs_E: jax.Array, token_mask: jax.Array | None = None) -> ja
   return _mean_over_tokens(entropy(probs_E), token_mask)
 
 
+@jax.jit
 def expert_entropy(probs_E: jax.Array, token_mask: jax.Array | None = None) -> jax.Array:
   """Returns H(E) = H(mean_t p_t) in nats. Balanced: ln E.
 
@@ -63,6 +66,7 @@ def expert_entropy(probs_E: jax.Array, token_mask: jax.Array | None = None) -> j
   return entropy(_mean_probabilities(probs_E, token_mask))
 
 
+@jax.jit
 def routing_information(probs_E: jax.Array, token_mask: jax.Array | None = None) -> jax.Array:
   """Returns I(t; E) = H(E) - H(E|t) in nats: high if the router is both sure and balanced.
 
@@ -71,8 +75,8 @@ def routing_information(probs_E: jax.Array, token_mask: jax.Array | None = None)
   """
   probs_E = distribution(probs_E)
   mean_E = _mean_probabilities(probs_E, token_mask)
-  divergence = jax.scipy.special.rel_entr(probs_E, jnp.broadcast_to(mean_E, probs_E.shape))
-  return _mean_over_tokens(jnp.sum(divergence, axis=-1), token_mask)
+  divergence = relative_entropy(probs_E, jnp.broadcast_to(mean_E, probs_E.shape))
+  return _mean_over_tokens(divergence, token_mask)
 
 
 def normalized_routing_information(
@@ -82,6 +86,7 @@ def normalized_routing_information(
   return routing_information(probs_E, token_mask) / math.log(max(probs_E.shape[-1], 2))
 
 
+@jax.jit
 def max_abs_logit(logits_E: jax.Array, token_mask: jax.Array | None = None) -> jax.Array:
   """Returns max |z| over real tokens and experts; 0 without a token.
 
@@ -93,6 +98,7 @@ def max_abs_logit(logits_E: jax.Array, token_mask: jax.Array | None = None) -> j
   return jnp.max(magnitude, initial=0.0)
 
 
+@jax.jit
 def mean_squared_logsumexp(logits_E: jax.Array, token_mask: jax.Array | None = None) -> jax.Array:
   """Returns mean_t logsumexp(z_t)^2, the z-loss (arXiv 2202.08906 Eq. 5). Zero logits: (ln E)^2.
 

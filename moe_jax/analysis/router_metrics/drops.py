@@ -19,12 +19,14 @@ EXPERTS_PER_TOKEN_BINS = ("0", "1", "2", "3-4", ">4")
 _UPPER_EDGES = (0, 1, 2, 4)
 
 
+@jax.jit
 def dropped_assignment_fraction(asked: jax.Array, kept: jax.Array) -> jax.Array:
   """Returns 1 - sum kept / sum asked, a float32 scalar. At random: `expected_dropped_fraction`."""
   lost = asked & ~full_mask(kept, asked.shape, "kept")
   return ratio(jnp.sum(lost), jnp.sum(asked))
 
 
+@jax.jit
 def dropped_token_fraction(
   asked: jax.Array, kept: jax.Array, token_mask: jax.Array | None = None
 ) -> jax.Array:
@@ -40,6 +42,7 @@ def dropped_token_fraction(
   return ratio(jnp.sum(lost), jnp.sum(real))
 
 
+@jax.jit
 def dropped_fraction_by_choice(asked: jax.Array, kept: jax.Array) -> jax.Array:
   """Returns (K,) float32, the dropped fraction of first choices, of second choices, ...
 
@@ -94,6 +97,7 @@ def experts_per_token(token: jax.Array, valid: jax.Array, num_tokens: int) -> ja
   return count_pairs(groups, token, (token.shape[0], num_tokens), valid, ("group", "token"))
 
 
+@jax.jit
 def experts_per_token_histogram(
   counts: jax.Array, token_mask: jax.Array | None = None
 ) -> jax.Array:

@@ -11,6 +11,7 @@ from moe_jax.analysis.router_metrics.information import distribution
 from moe_jax.errors import UserError
 
 
+@jax.jit
 def repetition_counts(
   expert_BLK: jax.Array,
   token_mask: jax.Array | None = None,

@@ -48,6 +48,7 @@ def output_similarity(outputs: jax.Array) -> jax.Array:
   return mean_off_diagonal(linear_cka(outputs))
 
 
+@jax.jit
 def linear_cka(outputs: jax.Array) -> jax.Array:
   """Returns the linear CKA of every pair of representations: (E, E) float32 (arXiv 1905.00414).
 
@@ -63,6 +64,7 @@ def linear_cka(outputs: jax.Array) -> jax.Array:
   return cosines(grams.reshape(grams.shape[0], -1))
 
 
+@jax.jit
 def cosines(rows: jax.Array) -> jax.Array:
   """Returns the cosines of all pairs of rows (E, P): (E, E) float32; 0 for a row of zeros."""
   norms = jnp.linalg.norm(rows, axis=1, keepdims=True)
@@ -70,6 +72,7 @@ def cosines(rows: jax.Array) -> jax.Array:
   return jnp.matmul(unit, unit.T, precision=jax.lax.Precision.HIGHEST)
 
 
+@jax.jit
 def mean_off_diagonal(table_EE: jax.Array) -> jax.Array:
   """Returns the mean of (E, E) over i != j.
 

@@ -85,6 +85,7 @@ def specialization_deviation(specialization: jax.Array, top_k: int) -> jax.Array
   return jnp.mean(jnp.abs(specialization - uniform))
 
 
+@jax.jit
 def domain_divergence(counts: jax.Array) -> jax.Array:
   """Returns the Jensen-Shannon divergence of every pair of domains: (domains, domains), nats.
 
@@ -94,6 +95,7 @@ def domain_divergence(counts: jax.Array) -> jax.Array:
   return jensen_shannon_divergence(counts[:, None, :], counts[None, :, :])
 
 
+@jax.jit
 def domain_information(counts: jax.Array) -> jax.Array:
   """Returns I(D; E) / H(D), from 0 (experts tell nothing of the domain) to 1, a float32 scalar.
 
@@ -125,6 +127,7 @@ def vocabulary_specialization(counts_VE: jax.Array) -> jax.Array:
   return ratio(counts_VE, jnp.sum(counts_VE, axis=1, keepdims=True))
 
 
+@jax.jit
 def mean_vocabulary_specialization(
   counts_VE: jax.Array, min_count: int = MIN_TOKEN_COUNT
 ) -> jax.Array:
@@ -134,11 +137,12 @@ def mean_vocabulary_specialization(
   seen. At random: `expected_vocabulary_specialization`.
   """
   seen_V = jnp.sum(counts_VE, axis=1)
-  kept_V = seen_V >= max(min_count, 1)
+  kept_V = seen_V >= jnp.maximum(min_count, 1)
   largest_V = jnp.max(counts_VE, axis=1)
   return ratio(jnp.sum(jnp.where(kept_V, largest_V, 0)), jnp.sum(jnp.where(kept_V, seen_V, 0)))
 
 
+@jax.jit
 def olmoe_vocabulary_specialization(counts_VE: jax.Array) -> jax.Array:
   """Returns the mean over seen token ids of max_i Spec(i, x), as OLMoE publishes it.
 

@@ -11,6 +11,7 @@ from moe_jax.analysis.router_metrics.arrays import full_mask, masked_mean, ratio
 from moe_jax.errors import UserError
 
 
+@jax.jit
 def router_saturation(
   expert: jax.Array, final_expert: jax.Array, token_mask: jax.Array | None = None
 ) -> jax.Array:
@@ -41,6 +42,7 @@ def expected_saturation(num_experts: int, top_k: int) -> float:
   return top_k / num_experts
 
 
+@jax.jit
 def routing_fluctuation(first_choice: jax.Array, token_mask: jax.Array | None = None) -> jax.Array:
   """Returns the fraction of tokens whose first choice changes between consecutive checkpoints.
 
@@ -68,6 +70,7 @@ def expected_fluctuation(num_experts: int) -> float:
   return 1.0 - 1.0 / num_experts
 
 
+@jax.jit
 def settled_fraction(first_choice: jax.Array, token_mask: jax.Array | None = None) -> jax.Array:
   """Returns, for each checkpoint, the fraction of tokens settled from it on: (checkpoints,).
 
