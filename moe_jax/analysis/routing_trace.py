@@ -191,8 +191,8 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     # Reading checks the sums of the whole archive; pickled objects are never loaded.
     with np.load(path, allow_pickle=False) as file:
       return dict(file)
-  except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, NotImplementedError) as e:
-    raise UserError(f"{path} is damaged ({e}); record the trace anew") from None
+  except (ValueError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+    raise UserError(f"{path} is damaged ({error}); record the trace anew") from None
 
 
 def _parse_header(path: Path, arrays: dict[str, np.ndarray]) -> dict:

@@ -52,7 +52,7 @@ def count_ids(ids: jax.Array, size: int, mask: jax.Array, name: str) -> jax.Arra
     UserError: an id is out of range. Inside a compiled function, where ids are not known, it is
       left out of the counts.
   """
-  _refuse_out_of_range(ids, size, mask, name)
+  refuse_out_of_range(ids, size, mask, name)
   return _count((jnp.asarray(ids),), (size,), mask)
 
 
@@ -69,7 +69,7 @@ def count_pairs(
     UserError: as `count_ids`, for either side.
   """
   for ids, size, name in zip((rows, columns), shape, names, strict=True):
-    _refuse_out_of_range(ids, size, mask, name)
+    refuse_out_of_range(ids, size, mask, name)
   return _count((jnp.asarray(rows), jnp.asarray(columns)), shape, mask)
 
 
@@ -90,7 +90,12 @@ def _count(ids: tuple[jax.Array, ...], shape: tuple[int, ...], mask: jax.Array) 
   return jnp.zeros(shape, jnp.int32).at[index].add(1, mode="drop")
 
 
-def _refuse_out_of_range(ids: jax.Array, size: int, mask: jax.Array, name: str) -> None:
+def refuse_out_of_range(ids: jax.Array, size: int, mask: jax.Array, name: str) -> None:
+  """Refuses an id outside [0, size) where `mask` is True; says nothing of ids not yet known.
+
+  Raises:
+    UserError: an id is out of range, outside a compiled function.
+  """
   if isinstance(ids, jax.core.Tracer) or isinstance(mask, jax.core.Tracer):
     return
   counted = np.asarray(ids)[np.asarray(mask)]

@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from moe_jax.analysis.router_metrics.arrays import count_ids, full_mask, ratio
+from moe_jax.analysis.router_metrics.arrays import count_ids, full_mask, ratio, refuse_out_of_range
 from moe_jax.analysis.router_metrics.information import distribution, entropy
 from moe_jax.errors import UserError
 
@@ -102,11 +102,12 @@ def importance(
     asked: (..., K) bool.
 
   Raises:
-    UserError: a mask or weights that do not fit.
+    UserError: a mask or weights that do not fit, or an id out of range outside a compiled function.
   """
   if weights.shape != expert.shape:
     raise UserError(f"weights have shape {weights.shape}; expected that of expert, {expert.shape}")
   asked = full_mask(asked, expert.shape, "asked")
+  refuse_out_of_range(expert, num_experts, asked, "expert")
   # `num_experts` is dropped by the scatter; a negative id would count from the end.
   index = jnp.where(asked & (expert >= 0), expert, num_experts)
   gates = jnp.where(asked, weights, 0.0).astype(jnp.float32)

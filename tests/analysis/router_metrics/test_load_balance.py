@@ -134,5 +134,7 @@ def test_values_out_of_range_are_refused():
     balance.permanently_dead_experts(UNIFORM[None], last_fraction=0)
   with pytest.raises(UserError, match="expert holds 9; expected integers from 0 to 7"):
     balance.expert_counts(jnp.array([[9]]), E)
+  with pytest.raises(UserError, match="expert holds 9"):
+    balance.importance(jnp.array([[9]]), jnp.ones((1, 1)), E)
   with pytest.raises(UserError, match="asked has shape"):
     balance.expert_counts(jnp.array([[1]]), E, jnp.array([True]))
