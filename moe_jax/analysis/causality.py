@@ -83,9 +83,7 @@ def differs(before: np.ndarray, after: np.ndarray) -> np.ndarray:
   return np.any(np.abs(before - after) > _TOLERANCE, axis=-1)
 
 
-def future_causes(
-  config: RoutingConfig, shape: tuple[int, int], *, train: bool
-) -> tuple[str, ...]:
+def future_causes(config: RoutingConfig, shape: tuple[int, int], *, train: bool) -> tuple[str, ...]:
   """Returns the fields by which a later token can decide an earlier one's fate, in words."""
   causes = []
   if _looks_ahead(config, train):

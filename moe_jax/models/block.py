@@ -8,7 +8,7 @@ from moe_jax.layers.dropout import dropout, split_key
 from moe_jax.layers.mlp import FeedForward
 from moe_jax.layers.norms import RMSNorm
 from moe_jax.models.config import ModelConfig
-from moe_jax.moe.layer import MoEAux, MoELayer, TokenInfo
+from moe_jax.moe.layer import MoEAux, MoELayer, RouterInputs, TokenInfo
 
 
 def _attention(config: ModelConfig, key: jax.Array) -> Attention:
@@ -58,28 +58,25 @@ class Block(nnx.Module):
     tokens: TokenInfo,
     cache: KVCache | None,
     *,
-    global_load: jax.Array | None,
+    inputs: RouterInputs,
     key: jax.Array | None,
     train: bool,
   ) -> tuple[jax.Array, KVCache | None, MoEAux | None]:
-    """Maps x (B, L, D) to x, the new cache, and the router's record if there are experts.
-
-    `global_load` (E,) belongs to the router, see `moe_jax.moe.losses.load_balance_loss`.
-    """
+    """Maps x (B, L, D) to x, the new cache, and the router's record if there are experts."""
     mixer_key, ff_key, drop_key = split_key(key, 3)
     y, cache = self.mixer(self.mixer_norm(x), context, cache, key=mixer_key)
     x = x + y
-    y, aux = self._feed_forward(self.feed_forward_norm(x), tokens, global_load, ff_key, train)
+    y, aux = self._feed_forward(self.feed_forward_norm(x), tokens, inputs, ff_key, train)
     return x + dropout(y, self.dropout_rate, drop_key), cache, aux
 
-  def _feed_forward(self, x, tokens, global_load, key, train):
+  def _feed_forward(self, x, tokens, inputs, key, train):
     if self.has_experts:
       return self.feed_forward(
         x,
         token_mask=tokens.mask,
         token_ids=tokens.ids,
         segment_ids=tokens.segment_ids,
-        global_load=global_load,
+        inputs=inputs,
         key=key,
         train=train,
       )

@@ -136,6 +136,21 @@ class TokenInfo:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class RouterInputs:
+  """What a caller gives single routers. A model's has a leading axis of MoE layers everywhere.
+
+  Attributes:
+    global_load: (E,) float32, the load fractions of the whole optimiser step, see
+      `moe_jax.moe.losses.load_balance_loss`; None for those of the call.
+    expert_ids: (B, L, K) int32, the experts that `selection = replay` forces; None without.
+  """
+
+  global_load: jax.Array | None = None
+  expert_ids: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class MoEAux:
   """What a layer decided.
 
@@ -189,7 +204,7 @@ class MoELayer(nnx.Module):
     token_mask: jax.Array | None = None,
     token_ids: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
-    global_load: jax.Array | None = None,
+    inputs: RouterInputs = RouterInputs(),  # noqa: B008 (immutable)
     key: jax.Array | None = None,
     train: bool = False,
   ) -> tuple[jax.Array, MoEAux]:
@@ -198,7 +213,7 @@ class MoELayer(nnx.Module):
     Args:
       x: (B, L, D) activations, any float dtype.
       token_mask, token_ids, segment_ids: see `TokenInfo`.
-      global_load: (E,), see `moe_jax.moe.losses.load_balance_loss`.
+      inputs: see `RouterInputs`.
       key: random key for training.
       train: picks capacity factor, jitter, dropout and random selection.
 
@@ -216,15 +231,14 @@ class MoELayer(nnx.Module):
     jitter_key, select_key, dropout_key, shared_key = split_key(key if train else None, 4)
     mask = _checked_mask(x, token_mask)
     logits, noise_std = self.router(x, key=jitter_key)
-    plan = self._route(
-      logits, noise_std, TokenInfo(mask, token_ids, segment_ids), global_load, select_key, train
-    )
+    tokens = TokenInfo(mask, token_ids, segment_ids)
+    plan = self._route(logits, noise_std, tokens, inputs, select_key, train)
     y = self._apply_experts(x, plan, dropout_key)
     if self.config.shared_hidden_dim:
       y = jnp.where(mask[..., None], self.shared(x, y, key=shared_key), 0)
     return y, MoEAux(logits, plan, self._weighted(plan.losses))
 
-  def _route(self, logits, noise_std, tokens: TokenInfo, global_load, key, train):
+  def _route(self, logits, noise_std, tokens: TokenInfo, inputs: RouterInputs, key, train):
     config = self.config.routing
     rows = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
     ids = 0 if tokens.segment_ids is None else tokens.segment_ids
@@ -242,7 +256,8 @@ class MoELayer(nnx.Module):
       segment_ids=group(segments),
       noise_scale=group(noise_std),
       bias=self.router.bias[...] if hasattr(self.router, "bias") else None,
-      global_load=global_load,
+      expert_ids=group(inputs.expert_ids),
+      global_load=inputs.global_load,
       key=key,
       train=train,
     )

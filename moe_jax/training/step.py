@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 
 from moe_jax.models import ModelAux, ModelConfig
-from moe_jax.moe import BalanceScope
+from moe_jax.moe import BalanceScope, RouterInputs
 from moe_jax.moe.losses import loss_weights
 from moe_jax.moe.metrics import max_violation_floor
 from moe_jax.training.config import ExperimentConfig
@@ -76,7 +76,8 @@ def make_train_step(
 
   def objective(params, router_state, global_load, num_targets, batch, key, share: Share):
     model = nnx.merge(graph, params, router_state)
-    nll, aux = token_nll(model, batch, train=True, key=key, global_load=global_load)
+    inputs = RouterInputs(global_load=global_load)
+    nll, aux = token_nll(model, batch, train=True, key=key, router_inputs=inputs)
     loss = nll / num_targets
     return loss + aux.weighted_loss * share.losses, _summands(loss, aux, share)
 
