@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from moe_jax.errors import UserError
 from moe_jax.moe import capacity, losses, metrics, scores, selection, weights
-from moe_jax.moe.types import RoutingConfig, RoutingPlan
+from moe_jax.moe.types import Overflow, RoutingConfig, RoutingPlan
 
 
 def route(
@@ -61,7 +61,9 @@ def _route(logits_GSE, config, mask_GS, key, train):
 
   C = capacity.expert_capacity(config, S, train=train)
   slot_GSK = capacity.place(expert_GSK, asked_GSK, jnp.max(probs_GSE, axis=-1), config)
-  kept_GSK = asked_GSK & (slot_GSK < C)
+  # Dropless, C is S and keeps all: without the comparison, ragged dispatch never counts the queues.
+  dropless = config.overflow == Overflow.DROPLESS
+  kept_GSK = asked_GSK if dropless else asked_GSK & (slot_GSK < C)
   weight_GSK = weights.weigh(probs_GSE, logits_GSE, expert_GSK, kept_GSK, config.weighting)
 
   token_GSK = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32)[:, None], expert_GSK.shape)
