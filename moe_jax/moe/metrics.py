@@ -40,7 +40,8 @@ def routing_metrics(
   G, S, E = probs_GSE.shape
   asks_GSKE = jax.nn.one_hot(expert_GSK, E) * asked_GSK[..., None]
   count_E = jnp.sum(asks_GSKE, axis=(0, 1, 2))
-  asked, kept, real = jnp.sum(count_E), jnp.sum(kept_GSK), jnp.sum(mask_GS)
+  # Not the sum of counts: XLA would merge the two sums into one of G*S*K*E terms in sequence.
+  asked, kept, real = jnp.sum(asked_GSK), jnp.sum(kept_GSK), jnp.sum(mask_GS)
   load_E = count_E / jnp.maximum(asked, 1.0)
   lost_GS = jnp.any(asked_GSK, axis=-1) & ~jnp.any(kept_GSK, axis=-1)
   slots = G * E * capacity
