@@ -13,7 +13,7 @@ from moe_jax.analysis.router_metrics import balance, confidence, drops
 from moe_jax.analysis.router_metrics.arrays import full_mask, ratio
 from moe_jax.analysis.router_metrics.information import entropy
 from moe_jax.errors import UserError
-from moe_jax.moe.types import RoutingPlan
+from moe_jax.moe.plan import RoutingPlan
 
 # Sums cannot carry a maximum, so tokens are binned by the power of two above their largest |z|.
 _LOGIT_EDGES = tuple(2.0**power for power in range(15))

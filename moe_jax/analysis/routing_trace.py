@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from moe_jax.errors import UserError
-from moe_jax.moe.types import RoutingPlan
+from moe_jax.moe.plan import RoutingPlan
 
 _FORMAT = "moe_jax routing trace"
 _VERSION = 1

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.choices import as_choice
-from moe_jax.moe.moves import Moves, collect, make_moves, spread
+from moe_jax.moe.moves import Moves, collect, make_moves, make_sorted_moves, spread
 from moe_jax.moe.options import WeightOn
 from moe_jax.moe.plan import DensePlan, RoutingPlan
 
@@ -164,14 +164,7 @@ class RaggedDispatcher:
     E, D = plan.num_experts, x.shape[-1]
     # An assignment without a slot sorts behind all experts, where no group reaches it.
     expert = jnp.where(plan.valid, plan.expert, E).reshape(-1)
-    order = jnp.argsort(expert, stable=True)
-    position = (
-      jnp.zeros_like(order)
-      .at[order]
-      .set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
-      .reshape(plan.expert.shape)
-    )
-    moves = make_moves(plan, position, order.size)
+    moves = make_sorted_moves(plan, _stable_order(expert, E + 1))
     rows_per_expert = jnp.bincount(expert, length=E).astype(jnp.int32)
     tokens, weight = x.reshape(-1, D), plan.weight.reshape(-1)
     return RaggedRows(tokens, weight, moves, rows_per_expert, plan.weight_on)
@@ -203,6 +196,15 @@ def _weighted(rows_EGCD: jax.Array, plan: RoutingPlan, side: WeightOn) -> jax.Ar
   if plan.weight_on != side:
     return rows_EGCD
   return rows_EGCD.astype(jnp.float32) * _slot_weights(plan)[..., None]
+
+
+def _stable_order(values: jax.Array, bound: int) -> jax.Array:
+  """Returns the stable argsort (N,) int32 of values (N,) in [0, bound)."""
+  N = values.size
+  if bound * N > jnp.iinfo(jnp.int32).max:
+    return jnp.argsort(values, stable=True).astype(jnp.int32)
+  # One array of distinct keys sorts four times as fast on CPU as values and indices together.
+  return jnp.sort(values * N + jnp.arange(N, dtype=jnp.int32), stable=False) % N
 
 
 def _slot_weights(plan: RoutingPlan) -> jax.Array:

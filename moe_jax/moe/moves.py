@@ -41,14 +41,34 @@ class Moves:
 def make_moves(plan: RoutingPlan, row_GN: jax.Array, num_rows: int) -> Moves:
   """Returns the moves that put assignment n of group g into `row_GN[g, n]`."""
   G, N = plan.token.shape
-  token = plan.token + plan.num_tokens * jnp.arange(G, dtype=jnp.int32)[:, None]
   row = jnp.where(plan.valid, row_GN, num_rows).reshape(-1)
   assignment = (
     jnp.full((num_rows,), G * N, jnp.int32)
     .at[row]
     .set(jnp.arange(G * N, dtype=jnp.int32), mode="drop")
   )
-  return Moves(token.reshape(-1), row, assignment, G * plan.num_tokens, plan.top_k)
+  return Moves(_global_tokens(plan), row, assignment, G * plan.num_tokens, plan.top_k)
+
+
+def make_sorted_moves(plan: RoutingPlan, order: jax.Array) -> Moves:
+  """Returns the moves into rows sorted by expert.
+
+  `order` (G*N,) int32 names the assignment of each row, those without a slot last.
+  """
+  row = jnp.arange(order.size, dtype=jnp.int32)
+  valid = plan.valid.reshape(-1)
+  assignment = jnp.where(row < jnp.sum(valid), order, order.size)
+  inverse = jnp.zeros_like(row).at[order].set(row, unique_indices=True)
+  num_tokens = plan.token.shape[0] * plan.num_tokens
+  return Moves(
+    _global_tokens(plan), jnp.where(valid, inverse, order.size), assignment, num_tokens, plan.top_k
+  )
+
+
+def _global_tokens(plan: RoutingPlan) -> jax.Array:
+  """Returns (G*N,) int32: the token of each assignment, counted over all groups."""
+  groups = jnp.arange(plan.token.shape[0], dtype=jnp.int32)[:, None]
+  return (plan.token + plan.num_tokens * groups).reshape(-1)
 
 
 @jax.custom_vjp

@@ -5,6 +5,7 @@ import io
 import json
 
 import pytest
+from fast_compilation import compile_fast  # noqa: F401
 
 from experiments.benchmarks import moe_layer, timing
 

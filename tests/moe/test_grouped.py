@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from comparison import relative_error
+from moe.compiled import FAST_COMPILE
 from moe.ragged_oracle import RaggedDot
 
 from moe_jax.errors import UserError
 from moe_jax.layers.mlp import Activation, FeedForwardConfig, feed_forward
-from moe_jax.moe import grouped
+from moe_jax.moe import MoEConfig, RoutingConfig, grouped
 from moe_jax.moe.grouped import GroupedKernel, grouped_experts
 from moe_jax.moe.kernels.blocked import block_rows, blocked_experts
 from moe_jax.moe.moves import Moves
@@ -96,7 +97,7 @@ def both(fn):
 @functools.cache
 def compiled(fn):
   """Returns values and gradients, compiled once for all sizes."""
-  return jax.jit(both(fn))
+  return jax.jit(both(fn), compiler_options=FAST_COMPILE)
 
 
 def assert_equals_loop(run, name):
@@ -119,10 +120,6 @@ def test_grouped_products_equal_a_loop(name, monkeypatch):
   # The kernels themselves have tests of their own; this is the road from tokens to sums.
   monkeypatch.setitem(grouped._KERNELS, GroupedKernel.TRITON, RaggedDot())
   assert_equals_loop(compiled(by_products), name)
-
-
-def test_blocks_equal_a_loop_without_jit():
-  assert_equals_loop(both(blocked), "rows_beyond_the_sum")
 
 
 def test_an_expert_without_rows_gets_exactly_no_gradient():
@@ -173,7 +170,7 @@ def test_bfloat16_sums_accumulate_in_float32():
 
     return blocked_experts(product, 1, x, jnp.ones(count), moves, sizes, w, None)
 
-  out, vjp = jax.vjp(apply, x, w)
+  out, vjp = jax.vjp(jax.jit(apply), x, w)
   for value in (out, *vjp(jnp.ones_like(out))):
     assert value.dtype == jnp.bfloat16
     assert float(value.ravel()[0]) == count
@@ -183,6 +180,7 @@ def noisy(x, scale, w, key, product):
   return x * jax.random.uniform(key, x.shape)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def run_noisy(x, top_k):
   sizes = jnp.array(SIZES["even"], jnp.int32)
   keys = jax.random.split(jax.random.key(0), E)
@@ -226,3 +224,8 @@ def test_auto_is_the_platforms_kernel_and_says_so_once(monkeypatch):
 def test_an_unknown_kernel_names_the_nearest():
   with pytest.raises(UserError, match=r"grouped_kernel = 'megablocks'.*megablox"):
     grouped.resolve_kernel("megablocks")
+
+
+def test_a_kernel_that_no_other_form_of_dispatch_would_use_is_refused():
+  with pytest.raises(UserError, match=r"grouped_kernel = triton with dispatch = gather.*ragged"):
+    MoEConfig(RoutingConfig(4), hidden_dim=8, grouped_kernel="triton")

@@ -103,7 +103,7 @@ def _multiply_kernel(
       b = _load(weights_ref, first_out, first, config.out_tile, config.depth_tile, group=group)
     else:
       b = _load(weights_ref, first, first_out, config.depth_tile, config.out_tile, group=group)
-    return total + pl.dot(a, b, trans_b=transpose)
+    return total + plgpu.dot(a, b, trans_b=transpose)
 
   # The rows beyond the groups are written as the zeros that the sum starts from.
   real = (group < weights_ref.shape[0]) & (start < end)
@@ -122,7 +122,7 @@ def _outer_kernel(config, start_ref, end_ref, rows_ref, others_ref, out_ref):
     mine = at + jnp.arange(config.depth_tile) < end
     a = _load(rows_ref, at, first, config.depth_tile, config.rows_tile, mine)
     b = _load(others_ref, at, first_out, config.depth_tile, config.out_tile, mine)
-    return total + pl.dot(a, b, trans_a=True)
+    return total + plgpu.dot(a, b, trans_a=True)
 
   steps = pl.cdiv(end - start, config.depth_tile)
   total = jax.lax.fori_loop(0, steps, step, jnp.zeros((config.rows_tile, config.out_tile)))
