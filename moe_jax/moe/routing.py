@@ -51,7 +51,8 @@ def route(
     segment_ids: (G, S) integers, equal for consecutive tokens of one sequence; for
       `granularity = segment` and `balance_scope = sequence`.
     noise_scale: (G, S, E') standard deviation of the noise, for `noise = learned`.
-    bias: (E',) added to the scores for selection alone; it receives no gradient.
+    bias: (E',) added to the scores for selection alone, if that ranks experts; it receives no
+      gradient.
     global_load: (E,), see `moe_jax.moe.losses.load_balance_loss`.
     key: in training, for whatever the config draws: used as it is by a single stage that draws,
       split in the order noise, selection, placement where several do.
@@ -107,7 +108,7 @@ def _noise(logits, config, key, noise_scale, mask):
 def _view(logits, config, mask, bias, token_ids, segment_ids, key, train):
   """Scores the tokens, and applies to `ranking` what only selection sees."""
   score = scores.score_logits(logits, config)
-  ranking = jax.lax.stop_gradient(score if bias is None else score + bias)
+  ranking = jax.lax.stop_gradient(score if bias is None else score + bias[None, None])
   if config.num_expert_groups > 1 and config.selector.ranked:
     ranking = scores.limit_to_groups(ranking, config)
   slots = capacity.expert_capacity(config, mask.shape[1], train=train)
@@ -236,6 +237,11 @@ def _check_arguments(config, shape, token_ids, segment_ids, bias, key, train):
       raise UserError(
         f"{name} has shape {ids.shape} and dtype {ids.dtype}; expected {shape} and integers"
       )
+  if bias is not None and not config.selector.ranked:
+    raise UserError(
+      f"selection = {config.selection} does not rank experts: bias = None is expected, an array"
+      f" of shape {bias.shape} was given"
+    )
   if bias is not None and bias.shape != (config.num_logits,):
     raise UserError(f"bias has shape {bias.shape}; expected ({config.num_logits},)")
 

@@ -220,7 +220,8 @@ def counted_of(groups, config: RoutingConfig):
 def importance_of(clean, groups, config: RoutingConfig, mask):
   """Returns (G, S, E or more), what the importance loss sums."""
   if config.importance == Importance.SCORES:
-    rows = [[scores.score(row, group.options) for row in own] for own, group in zip(clean, groups)]
+    options = groups[0].options
+    rows = [[scores.score(row, options) for row in group] for group in clean]
     return np.array(rows) * mask[..., None]
   weights = np.zeros((*mask.shape, config.num_experts))
   for index, group in enumerate(groups):
