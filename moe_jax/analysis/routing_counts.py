@@ -24,7 +24,7 @@ _LOGIT_EDGES = tuple(2.0**power for power in range(15))
 class RoutingCounts:
   """Sums over the real tokens of one layer; every field adds up.
 
-  The letters are those of `moe_jax.moe.types`; K is 1 for plans whose assignments have no rank.
+  The letters are those of `moe_jax.moe.options`; K is 1 for plans whose assignments have no rank.
   Integers are int32: at most 2^31 - 1 assignments or slots, then start anew.
 
   Attributes:

@@ -1,6 +1,6 @@
 """Router metrics as pure functions of counts, expert ids, probabilities and masks.
 
-Axis letters as everywhere (`moe_jax.moe.types`); `...` stands for the axes of tokens. Every
+Axis letters as everywhere (`moe_jax.moe.options`); `...` stands for the axes of tokens. Every
 docstring gives the formula, its source and the value of a uniform or random router; where that
 depends on the sample a function `expected_...` or `..._floor` returns it, to be printed beside.
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from moe_jax.analysis.router_metrics.arrays import full_mask, masked_mean
 from moe_jax.analysis.router_metrics.information import distribution, entropy, relative_entropy
 from moe_jax.moe.losses import router_z_loss
-from moe_jax.moe.types import LossPadding
+from moe_jax.moe.options import LossPadding
 
 
 def as_probabilities(scores_E: jax.Array) -> jax.Array:
