@@ -8,10 +8,11 @@ from flax import nnx
 from moe_jax.layers.attention import AttentionContext, KVCache
 from moe_jax.models.block import Block
 from moe_jax.models.config import ModelConfig, Remat, Segment
+from moe_jax.models.depths import DepthAux, DepthBlock, DepthCache
 from moe_jax.moe.layer import MoEAux, TokenInfo
 
 # One cache a block of the pattern, each stacked over the repeats; None without a cache.
-SegmentCache = tuple[KVCache | None, ...] | None
+SegmentCache = tuple[KVCache | DepthCache | None, ...] | None
 
 _REMAT_POLICIES = {
   Remat.FULL: None,
@@ -31,7 +32,7 @@ class ScannedSegment(nnx.Module):
     def pattern(key):
       keys = jax.random.split(key, len(segment.pattern))
       return nnx.List(
-        [Block(config, kind, key=k) for kind, k in zip(segment.pattern, keys, strict=True)]
+        [_make_block(config, kind, k) for kind, k in zip(segment.pattern, keys, strict=True)]
       )
 
     # Each repeat draws its own parameters.
@@ -49,8 +50,8 @@ class ScannedSegment(nnx.Module):
     *,
     key: jax.Array | None,
     train: bool,
-  ) -> tuple[jax.Array, SegmentCache, list[MoEAux]]:
-    """Runs the segment and returns x, the new cache and one aux record a MoE layer, in order."""
+  ) -> tuple[jax.Array, SegmentCache, list[MoEAux | DepthAux]]:
+    """Runs the segment; returns x, the new cache and a record a MoE or depth block, in order."""
     graphdef, state = nnx.split(self.blocks)
     keys = None if key is None else jax.random.split(key, self.repeats)
 
@@ -65,6 +66,10 @@ class ScannedSegment(nnx.Module):
     x, (cache, aux) = jax.lax.scan(body, x, (state, cache, keys), unroll=self.unroll)
     records = [record for i in range(self.repeats) for record in _take_repeat(aux, i)]
     return x, cache, records
+
+
+def _make_block(config: ModelConfig, kind: tuple[str, ...], key: jax.Array) -> Block | DepthBlock:
+  return (DepthBlock if kind[2:] else Block)(config, kind, key=key)
 
 
 def _run_pattern(blocks, x, context, tokens, cache, *, key, train):

@@ -93,7 +93,7 @@ def balanced_assignment(score_SE: jax.Array, mask_S: jax.Array) -> jax.Array:
 
   def bid(state):
     expert_S, bid_S, price_E = state
-    best_S2, choice_S2 = jax.lax.top_k(score_SE - price_E, 2)
+    best_S2, choice_S2 = jax.lax.top_k(score_SE - price_E[None], 2)
     offer_S = price_E[choice_S2[:, 0]] + best_S2[:, 0] - best_S2[:, 1] + epsilon
     free_S = mask_S & (expert_S < 0)
     expert_S = jnp.where(free_S, choice_S2[:, 0], expert_S)
@@ -109,7 +109,7 @@ def balanced_assignment(score_SE: jax.Array, mask_S: jax.Array) -> jax.Array:
 def _keep_highest(expert_S, bid_S, price_E, slots):
   """Keeps the `slots` highest bids of every expert; a full expert's price is its lowest bid."""
   E = price_E.shape[0]
-  bid_SE = jnp.where(expert_S[:, None] == jnp.arange(E), bid_S[:, None], -jnp.inf)
+  bid_SE = jnp.where(expert_S[:, None] == jnp.arange(E)[None], bid_S[:, None], -jnp.inf)
   # Rank of each bid at its expert, ties to the earlier token.
   order_SE = jnp.argsort(-bid_SE, axis=0, stable=True)
   rank_SE = jnp.argsort(order_SE, axis=0)

@@ -109,15 +109,18 @@ def _microbatch_metrics(loss: jax.Array, aux: ModelAux) -> dict:
   for plan in aux.plans:
     counts = plan.metrics["load"] * plan.metrics["assignments"]
     layers.append({**plan.metrics, "load": counts})
-  return {"loss": loss, "losses": aux.losses, "layers": layers}
+  depths = [{"loss": depth.loss, **depth.metrics} for depth in aux.depths]
+  return {"loss": loss, "losses": aux.losses, "layers": layers, "depths": depths}
 
 
 def _step_metrics(summed: dict, config: ExperimentConfig, num_tokens: int) -> Metrics:
   """Names a step's metrics: loads are those of the whole step, other router metrics means."""
-  metrics = {"loss": summed["loss"]}
+  metrics, count = {"loss": summed["loss"]}, config.accumulation_steps
+  for index, depth in zip(config.model.depth_layers(), summed["depths"], strict=True):
+    metrics.update({f"depth/layer_{index}/{name}": depth[name] / count for name in depth})
   if not summed["layers"]:
     return metrics
-  count, routing = config.accumulation_steps, config.model.moe.routing
+  routing = config.model.moe.routing
   metrics["aux_loss"] = summed["losses"]["load_balance"] / count
   metrics["z_loss"] = summed["losses"]["router_z"] / count
   floor = max_violation_floor(num_tokens * routing.top_k, routing.num_experts)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from comparison import relative_error
-from moe.compiled import FAST_COMPILE
+from moe.compiled import FAST_COMPILE, routed
 from moe.mixed_draws import sparsemixer_draws
 from oracles import sparsemixer
 
@@ -117,28 +117,20 @@ def test_training_draws_every_branch_of_the_released_code():
 
 
 def test_a_tie_goes_to_the_lower_expert_and_shares_the_probability():
-  logits = np.full((1, 2, 4), 0.3, np.float32)
-  plan = route(logits, config_of(4, 2))
-  np.testing.assert_array_equal(plan.expert, [[0, 1, 0, 1]])
-  # Four in reach, then the three that are left.
-  np.testing.assert_allclose(plan.weight, [[1 / 4, 1 / 3] * 2], rtol=TOLERANCE)
-
-
-def test_zero_logits_are_all_within_reach():
-  # The released code divides 0 by 0 here and masks nothing.
-  plan = route(np.zeros((1, 1, 4), np.float32), config_of(4, 1))
-  np.testing.assert_allclose(plan.weight, [[1 / 4]], rtol=TOLERANCE)
+  # Logits of 0 divide 0 by 0 in the released code, which then masks nothing.
+  for value in (0.3, 0.0):
+    plan = routed(np.full((1, 2, 4), value, np.float32), config_of(4, 2))
+    np.testing.assert_array_equal(plan.expert, [[0, 1, 0, 1]])
+    # Four in reach, then the three that are left.
+    np.testing.assert_allclose(plan.weight, [[1 / 4, 1 / 3] * 2], rtol=TOLERANCE)
 
 
 def test_a_dropped_pick_has_no_weight_and_no_gradient():
   logits = draw_logits((1, 6, 4), 2, 5.0, 0.05)
-  config = config_of(4, 2, overflow="drop", capacity=1)
-
-  def total(logits):
-    return jnp.sum(route(logits, config, key=KEY, train=True).combine_weights())
-
-  plan = route(logits, config, key=KEY, train=True)
-  assert float(plan.metrics["dropped_fraction"]) > 0
-  kept = np.sum(plan.dispatch_mask(), axis=(2, 3))[0]
-  grad = np.asarray(jax.grad(total)(logits))[0]
-  assert not np.any(grad[kept == 0]) and np.any(grad[kept > 0])
+  mask, ones = np.ones((1, 6), bool), np.ones_like(logits)
+  weights, gradient = compiled(config_of(4, 2, overflow="drop", capacity=1), True)(
+    logits, mask, ones
+  )
+  kept = np.any(np.asarray(weights)[0] > 0, axis=1)
+  assert 0 < kept.sum() < 6
+  assert not np.any(np.asarray(gradient)[0, ~kept]) and np.any(gradient)

@@ -186,7 +186,9 @@ def compiled_layer(name, form):
 
 
 def forms_of(name):
-  return [Dispatch.EINSUM] if name == "soft" else FORMS
+  if name == "soft":
+    return [Dispatch.EINSUM]
+  return [Dispatch.GATHER] if name.endswith("_all") else FORMS
 
 
 @pytest.mark.parametrize(
