@@ -106,6 +106,11 @@ class ModelConfig:
         f"segments = {self.segments} has no moe block, so moe would be ignored; leave"
         " moe out, or use for example 'attention:moe'"
       )
+    if self.moe is not None and self.moe.routing.selection == "table":
+      raise UserError(
+        "selection = table takes expert ids where a language model has vocabulary ids; use"
+        " selection = hash, or call MoELayer with token_ids = table[tokens]"
+      )
     if any(DEPTH in block for block in blocks) != (self.depth is not None):
       raise UserError(
         f"segments = {self.segments} and depth = {self.depth} contradict each other: blocks such"
