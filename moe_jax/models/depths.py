@@ -111,7 +111,7 @@ class DepthBlock(nnx.Module):
       start = context.cache_index
       keys_BM = jax.lax.dynamic_update_slice_in_dim(cache.taken, taken_BL, start, axis=1)
     # Each query sees itself, so that the softmax of a token that is not taken is defined.
-    itself_LM = jnp.arange(keys_BM.shape[1]) == start + jnp.arange(x.shape[1])[:, None]
+    itself_LM = jnp.arange(keys_BM.shape[1])[None] == start + jnp.arange(x.shape[1])[:, None]
     visible = context.mask & (keys_BM[:, None, :] | itself_LM[None])
     first, second, attention, moe = self.block.branches(
       x,

@@ -136,34 +136,37 @@ def test_documents_of_a_packed_row_stay_apart():
     assert relative_error(actual[row], wanted) <= TOLERANCE
 
 
-def single_block(capacity):
-  """Returns a depth block, and what it is called with."""
+def run_single_block(capacity):
+  """Returns x, what a depth block and the ordinary block in it make of it, and the record."""
   config = depth_config((("attention:dense:depth", 1),), capacity=capacity)
-  block = DepthBlock(config, ("attention", "dense", "depth"), key=jax.random.key(0))
-  x = jax.random.normal(jax.random.key(1), (2, L, config.model_dim))
   positions = jnp.broadcast_to(jnp.arange(L), (2, L))
   mask = attention_mask(jnp.arange(L), positions, jnp.asarray(ALL), positions, None)
   c = config.attention
-  context = AttentionContext(rotary_table(positions, c.head_dim, c.rope_theta), mask)
-  return block, (x, context, TokenInfo(jnp.asarray(ALL)), None)
+
+  @jax.jit
+  def both(key):
+    block = DepthBlock(config, ("attention", "dense", "depth"), key=key)
+    x = jax.random.normal(key, (2, L, config.model_dim))
+    context = AttentionContext(rotary_table(positions, c.head_dim, c.rope_theta), mask)
+    call = x, context, TokenInfo(jnp.asarray(ALL)), None
+    y, _, aux = block(*call, key=None, train=True)
+    return x, y, block.block(*call, key=None, train=True)[0], aux
+
+  return both(jax.random.key(0))
 
 
 def test_a_capacity_of_one_is_the_ordinary_block_scaled_by_the_weights():
-  block, call = single_block(1.0)
-  y, _, aux = block(*call, key=None, train=True)
-  whole, _, _ = block.block(*call, key=None, train=True)
-  x = call[0]
+  x, y, whole, aux = run_single_block(1.0)
   assert relative_error(y - x, aux.logits[..., None] * (whole - x)) <= TOLERANCE
   assert bool(jnp.all(aux.taken)) and float(aux.metrics["taken_fraction"]) == 1.0
 
 
 def test_a_token_that_is_not_taken_passes_by_unchanged():
-  block, call = single_block(0.3)
-  y, _, aux = block(*call, key=None, train=True)
+  x, y, _, aux = run_single_block(0.3)
   passed = ~np.asarray(aux.taken)
   assert passed.sum() == 2 * (L - 3)
-  np.testing.assert_array_equal(np.asarray(y)[passed], np.asarray(call[0])[passed])
-  assert np.all(np.any(np.asarray(y != call[0])[~passed], axis=-1))
+  np.testing.assert_array_equal(np.asarray(y)[passed], np.asarray(x)[passed])
+  assert np.all(np.any(np.asarray(y != x)[~passed], axis=-1))
 
 
 @functools.partial(jax.jit, static_argnames="graph")
@@ -204,19 +207,20 @@ def test_only_the_choice_of_training_looks_ahead(train):
   assert (changed > 0) == train
 
 
+@functools.partial(jax.jit, static_argnames="graph")
+@functools.partial(jax.grad, argnums=1)
+def gradient(graph, params, loss_weight, cotangent, mask):
+  """Returns the gradient of sum(cotangent * logits) + loss_weight * loss in training."""
+  model = nnx.merge(graph, params)
+  logits, aux = model(jnp.asarray(TOKENS), token_mask=mask, train=True, return_aux=True)
+  return jnp.sum(cotangent * logits) + loss_weight * aux.losses["depth"]
+
+
 def router_gradient(config, loss_weight, cotangent, mask):
-  """Returns the gradient of sum(cotangent * logits) + loss_weight * loss by the last router."""
-  graph, params = random_parameters(config)
-
-  def objective(params):
-    model = nnx.merge(graph, params)
-    call = dict(token_mask=jnp.asarray(mask), train=True, return_aux=True)
-    logits, aux = model(jnp.asarray(TOKENS), **call)
-    return jnp.sum(cotangent * logits) + loss_weight * aux.losses["depth"]
-
-  gradient = jax.jit(jax.grad(objective))(params)
-  assert all(np.isfinite(a).all() for a in jax.tree.leaves(gradient))
-  return np.asarray(gradient["segments"][0]["blocks"][0]["router"][...])[0]
+  """Returns that gradient by the router of the only block, and checks that all is finite."""
+  grads = gradient(*random_parameters(config), loss_weight, cotangent.astype(np.float32), mask)
+  assert all(np.isfinite(a).all() for a in jax.tree.leaves(grads))
+  return np.asarray(grads["segments"][0]["blocks"][0]["router"][...])[0]
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
@@ -238,9 +242,15 @@ def test_outputs_and_loss_send_the_router_the_gradient_of_the_loop(mask):
     return total
 
   wanted = finite_differences.gradient(objective, weights["blocks"][0]["depth_router"])
-  actual = router_gradient(config, 0.5, jnp.asarray(cotangent, jnp.float32), mask)
+  actual = router_gradient(config, 0.5, cotangent, mask)
   assert relative_error(actual, wanted) <= TOLERANCE
-  assert np.any(router_gradient(config, 1.0, jnp.zeros_like(cotangent), mask))
+  assert np.any(router_gradient(config, 1.0, np.zeros_like(cotangent), mask))
+
+
+def test_a_batch_of_padding_alone_has_finite_gradients():
+  config = depth_config((("attention:dense:depth", 1),), score="sigmoid")
+  nothing = router_gradient(config, 1.0, np.zeros((2, L, 13)), np.zeros((2, L), bool))
+  assert not np.any(nothing)
 
 
 def test_counts_take_the_fraction_of_tokens_into_account():
