@@ -8,7 +8,7 @@ from moe_jax.layers.dropout import dropout, split_key
 from moe_jax.layers.mlp import FeedForward
 from moe_jax.layers.norms import RMSNorm
 from moe_jax.models.config import ModelConfig
-from moe_jax.moe.layer import MoEAux, MoELayer, RouterInputs, TokenInfo
+from moe_jax.moe.layer import NO_INPUTS, MoEAux, MoELayer, RouterInputs, TokenInfo
 
 
 def _attention(config: ModelConfig, key: jax.Array) -> Attention:
@@ -37,8 +37,8 @@ _FEED_FORWARDS = {"dense": _dense, "moe": _experts}
 class Block(nnx.Module):
   """x + mixer(norm(x)), then x + feed_forward(norm(x))."""
 
-  def __init__(self, config: ModelConfig, kind: tuple[str, str], *, key: jax.Array):
-    mixer, feed_forward = kind
+  def __init__(self, config: ModelConfig, kind: tuple[str, ...], *, key: jax.Array):
+    mixer, feed_forward = kind[:2]
     mixer_key, ff_key = jax.random.split(key)
     self.dropout_rate = config.dropout
     self.mixer_norm = RMSNorm(config.model_dim, config.norm_epsilon)
@@ -58,16 +58,26 @@ class Block(nnx.Module):
     tokens: TokenInfo,
     cache: KVCache | None,
     *,
-    inputs: RouterInputs,
+    inputs: RouterInputs = NO_INPUTS,
     key: jax.Array | None,
     train: bool,
   ) -> tuple[jax.Array, KVCache | None, MoEAux | None]:
     """Maps x (B, L, D) to x, the new cache, and the router's record if there are experts."""
+    first, second, cache, aux = self.branches(
+      x, context, tokens, cache, inputs=inputs, key=key, train=train
+    )
+    return x + first + second, cache, aux
+
+  def branches(
+    self, x, context, tokens, cache, *, inputs, key, train
+  ) -> tuple[jax.Array, jax.Array, KVCache | None, MoEAux | None]:
+    """Returns what the mixer and the feed-forward add to x, each (B, L, D); see `__call__`."""
     mixer_key, ff_key, drop_key = split_key(key, 3)
-    y, cache = self.mixer(self.mixer_norm(x), context, cache, key=mixer_key)
-    x = x + y
-    y, aux = self._feed_forward(self.feed_forward_norm(x), tokens, inputs, ff_key, train)
-    return x + dropout(y, self.dropout_rate, drop_key), cache, aux
+    first, cache = self.mixer(self.mixer_norm(x), context, cache, key=mixer_key)
+    second, aux = self._feed_forward(
+      self.feed_forward_norm(x + first), tokens, inputs, ff_key, train
+    )
+    return first, dropout(second, self.dropout_rate, drop_key), cache, aux
 
   def _feed_forward(self, x, tokens, inputs, key, train):
     if self.has_experts:

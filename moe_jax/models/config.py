@@ -7,12 +7,14 @@ from moe_jax.choices import as_choice, did_you_mean
 from moe_jax.errors import UserError
 from moe_jax.layers.attention import AttentionConfig
 from moe_jax.layers.mlp import FeedForwardConfig
+from moe_jax.models.depth_config import DepthConfig
 from moe_jax.moe.dispatch import Dispatch
 from moe_jax.moe.layer import MoEConfig
 from moe_jax.moe.options import Overflow
 
 MIXERS = ("attention",)
 FEED_FORWARDS = ("dense", "moe")
+DEPTH = "depth"
 
 
 class Remat(enum.StrEnum):
@@ -29,11 +31,11 @@ class Segment:
 
   Attributes:
     pattern: (mixer, feed-forward) of each block, for example (("attention", "dense"),
-      ("attention", "moe")).
+      ("attention", "moe")), and "depth" as a third word where only some tokens take the block.
     repeats: how many times the pattern occurs; the parameters are stacked on that axis.
   """
 
-  pattern: tuple[tuple[str, str], ...]
+  pattern: tuple[tuple[str, ...], ...]
   repeats: int
 
   @property
@@ -50,11 +52,13 @@ class ModelConfig:
     vocab_size: V.
     model_dim: D.
     segments: ((pattern, repeats), ...); a pattern is a string of blocks "mixer:feed_forward", for
-      example "attention:dense attention:moe": Switch's alternation.
+      example "attention:dense attention:moe": Switch's alternation. "mixer:feed_forward:depth" is
+      a block that takes only some tokens, see `depth`.
     attention: the mixer "attention"; its fields are flattened into the model's level in config
       files.
     mlp: the feed-forward "dense".
     moe: the feed-forward "moe"; None if no block uses it.
+    depth: the blocks marked ":depth" (Mixture-of-Depths); None if there is none.
     tie_embeddings: the head is the transposed embedding.
     dropout: rate on the embedding and on the output of every mixer and feed-forward, in training.
     init_scale: of the blocks' matrices, see `moe_jax.layers.parameters.parameter`; Switch uses
@@ -72,6 +76,7 @@ class ModelConfig:
   attention: AttentionConfig = dataclasses.field(metadata={"flatten": True})
   mlp: FeedForwardConfig
   moe: MoEConfig | None = None
+  depth: DepthConfig | None = None
   tie_embeddings: bool = False
   dropout: float = 0.0
   init_scale: float = 1.0
@@ -92,7 +97,8 @@ class ModelConfig:
     for name in ("init_scale", "norm_epsilon"):
       if not getattr(self, name) > 0:
         raise UserError(f"{name} = {getattr(self, name)} is refused: it must be greater than 0")
-    kinds = [kind for segment in self.parsed_segments() for _, kind in segment.pattern]
+    blocks = [block for segment in self.parsed_segments() for block in segment.pattern]
+    kinds = [block[1] for block in blocks]
     if "moe" in kinds and self.moe is None:
       raise UserError(f"segments = {self.segments} has a moe block but moe is None")
     if "moe" not in kinds and self.moe is not None:
@@ -102,6 +108,16 @@ class ModelConfig:
       )
     if self.moe is not None:
       self.moe.check_width(self.model_dim)
+    if self.moe is not None and self.moe.routing.selection == "table":
+      raise UserError(
+        "selection = table takes expert ids where a language model has vocabulary ids; use"
+        " selection = hash, or call MoELayer with token_ids = table[tokens]"
+      )
+    if any(DEPTH in block for block in blocks) != (self.depth is not None):
+      raise UserError(
+        f"segments = {self.segments} and depth = {self.depth} contradict each other: blocks such"
+        " as 'attention:dense:depth' need a depth section, and a depth section such blocks"
+      )
     # JSON gives lists, and a config must be hashable: it is part of what is compiled.
     object.__setattr__(self, "segments", tuple(map(tuple, self.segments)))
 
@@ -115,13 +131,17 @@ class ModelConfig:
       )
     return tuple(_parse_segment(segment) for segment in self.segments)
 
-  def layers(self) -> list[tuple[str, str]]:
-    """Returns (mixer, feed-forward) of every block in order."""
+  def layers(self) -> list[tuple[str, ...]]:
+    """Returns (mixer, feed-forward), and "depth" after them if so, of every block in order."""
     return [block for s in self.parsed_segments() for block in s.pattern * s.repeats]
 
   def moe_layers(self) -> list[int]:
     """Returns the indices of the blocks with experts."""
-    return [i for i, (_, kind) in enumerate(self.layers()) if kind == "moe"]
+    return [i for i, block in enumerate(self.layers()) if block[1] == "moe"]
+
+  def depth_layers(self) -> list[int]:
+    """Returns the indices of the blocks that only some tokens take."""
+    return [i for i, block in enumerate(self.layers()) if DEPTH in block]
 
   def with_routing(self, **changes) -> "ModelConfig":
     """Returns this config with some fields of the router replaced; the parameters still fit."""
@@ -160,11 +180,11 @@ def _parse_segment(segment) -> Segment:
   return Segment(tuple(_parse_block(block) for block in pattern.split()), repeats)
 
 
-def _parse_block(block: str) -> tuple[str, str]:
-  known = [f"{mixer}:{kind}" for mixer in MIXERS for kind in FEED_FORWARDS]
+def _parse_block(block: str) -> tuple[str, ...]:
+  whole = [f"{mixer}:{kind}" for mixer in MIXERS for kind in FEED_FORWARDS]
+  known = whole + [f"{each}:{DEPTH}" for each in whole]
   if block not in known:
     raise UserError(
       f"block {block!r} is not one of {', '.join(known)}; {did_you_mean(block, known)}"
     )
-  mixer, kind = block.split(":")
-  return mixer, kind
+  return tuple(block.split(":"))

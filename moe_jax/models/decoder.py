@@ -12,9 +12,10 @@ from moe_jax.layers.dropout import dropout, split_key
 from moe_jax.layers.norms import RMSNorm
 from moe_jax.layers.parameters import parameter
 from moe_jax.layers.rotary import RotaryTable, rotary_table
-from moe_jax.models.config import ModelConfig
+from moe_jax.models.config import DEPTH, ModelConfig
+from moe_jax.models.depths import DepthAux, DepthCache
 from moe_jax.models.stack import ScannedSegment, SegmentCache
-from moe_jax.moe.layer import RouterInputs, TokenInfo
+from moe_jax.moe.layer import NO_INPUTS, RouterInputs, TokenInfo
 from moe_jax.moe.plan import DensePlan, RoutingPlan
 
 
@@ -26,11 +27,13 @@ class ModelAux:
   Attributes:
     router_logits: list of (B, L, E) float32.
     plans: list of `RoutingPlan` (or `DensePlan`).
-    losses: float32 means over layers by name, without coefficients, see `moe_jax.moe.losses`.
+    losses: float32 means over layers by name, without coefficients, see `moe_jax.moe.losses`, and
+      `depth` of the depth blocks.
     weighted_loss: float32 scalar, the sum over layers of coefficient * loss: the term added to the
       objective (Switch, arXiv 2101.03961 section 2.2: "for each Switch layer"). Some code bases
       take the mean over layers instead: divide the coefficients by the number of MoE layers.
     metrics: float32 means over layers; per layer see `plans[i].metrics`.
+    depths: list of `DepthAux`, one a depth block in order.
   """
 
   router_logits: list[jax.Array]
@@ -38,6 +41,7 @@ class ModelAux:
   losses: dict[str, jax.Array]
   weighted_loss: jax.Array
   metrics: dict[str, jax.Array]
+  depths: list[DepthAux]
 
 
 @jax.tree_util.register_dataclass
@@ -82,7 +86,7 @@ class Decoder(nnx.Module):
     token_mask: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     positions: jax.Array | None = None,
-    router_inputs: RouterInputs = RouterInputs(),  # noqa: B008 (immutable)
+    router_inputs: RouterInputs = NO_INPUTS,
     return_aux: bool = False,
     train: bool = False,
     key: jax.Array | None = None,
@@ -157,7 +161,7 @@ class Decoder(nnx.Module):
     context = AttentionContext(self._rotary(positions), mask, cache.index)
     info = TokenInfo(token_mask, tokens)
     x, segments, _ = self._run(
-      info, context, cache.segments, inputs=RouterInputs(), key=None, train=False
+      info, context, cache.segments, inputs=NO_INPUTS, key=None, train=False
     )
     index = cache.index + tokens.shape[1]
     # An update beyond the last slot would silently overwrite earlier ones.
@@ -168,11 +172,14 @@ class Decoder(nnx.Module):
     """Returns an empty cache for `num_slots` tokens a row, prompt and new ones together."""
     c = self.config.attention
 
-    def empty(repeats):
+    def empty(repeats, block):
       shape = (repeats, batch_size, num_slots, c.num_kv_heads, c.head_dim)
-      return KVCache(jnp.zeros(shape, self.config.dtype), jnp.zeros(shape, self.config.dtype))
+      cache = KVCache(jnp.zeros(shape, self.config.dtype), jnp.zeros(shape, self.config.dtype))
+      return DepthCache(cache, jnp.zeros(shape[:3], bool)) if DEPTH in block else cache
 
-    segments = [tuple(empty(s.repeats) for _ in s.pattern) for s in self.config.parsed_segments()]
+    segments = [
+      tuple(empty(s.repeats, block) for block in s.pattern) for s in self.config.parsed_segments()
+    ]
     return DecoderCache(segments, jnp.zeros((batch_size, num_slots), bool), jnp.int32(0))
 
   def _run(self, tokens: TokenInfo, context, caches, *, inputs, key, train):
@@ -187,9 +194,9 @@ class Decoder(nnx.Module):
     )
     x = dropout(x, self.config.dropout, embed_key)
     caches = [None] * len(self.segments) if caches is None else caches
-    new_caches, records = [], []
+    new_caches, records, layer = [], [], 0
     for segment, cache, segment_key in zip(self.segments, caches, keys, strict=True):
-      mine = slice(len(records), len(records) + segment.num_moe_layers)
+      mine = slice(layer, layer := layer + segment.num_moe_layers)
       own = jax.tree.map(lambda a, mine=mine: a[mine], inputs)
       x, cache, aux = segment(x, context, tokens, cache, inputs=own, key=segment_key, train=train)
       new_caches.append(cache)
@@ -206,12 +213,19 @@ class Decoder(nnx.Module):
     return jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
 
   def _aux(self, records) -> ModelAux:
+    depths = [record for record in records if isinstance(record, DepthAux)]
+    records = [record.moe if isinstance(record, DepthAux) else record for record in records]
+    records = [record for record in records if record is not None]
     plans = [record.plan for record in records]
     losses = _mean([plan.losses for plan in plans])
     metrics = _mean([plan.metrics for plan in plans])
     weighted = sum((record.weighted_loss for record in records), jnp.float32(0.0))
+    if depths:
+      losses |= _mean([{"depth": each.loss} for each in depths])
+      metrics |= _mean([{f"depth_{n}": m for n, m in d.metrics.items()} for d in depths])
+      weighted += self.config.depth.loss_weight * sum(each.loss for each in depths)
     logits = [record.router_logits for record in records]
-    return ModelAux(logits, plans, losses, weighted, metrics)
+    return ModelAux(logits, plans, losses, weighted, metrics, depths)
 
   def _check_key(self, train, key) -> None:
     moe_key = self.config.moe is not None and self.config.moe.needs_key

@@ -22,9 +22,12 @@ def moe_stacks(config: ModelConfig) -> list[MoEStack]:
   """Returns the stacks of a model's MoE layers, in the order of the blocks."""
   stacks, first = [], 0
   for index, segment in enumerate(config.parsed_segments()):
-    blocks = [block for block, (_, kind) in enumerate(segment.pattern) if kind == "moe"]
+    blocks = [block for block, kind in enumerate(segment.pattern) if kind[1] == "moe"]
     for place, block in enumerate(blocks):
       layers = (first + repeat * len(blocks) + place for repeat in range(segment.repeats))
-      stacks.append(MoEStack(("segments", index, "blocks", block, "feed_forward"), tuple(layers)))
+      # A depth block holds the block that some tokens take.
+      inner = ("block",) if segment.pattern[block][2:] else ()
+      path = ("segments", index, "blocks", block, *inner, "feed_forward")
+      stacks.append(MoEStack(path, tuple(layers)))
     first += len(blocks) * segment.repeats
   return stacks

@@ -8,10 +8,11 @@ from flax import nnx
 from moe_jax.layers.attention import AttentionContext, KVCache
 from moe_jax.models.block import Block
 from moe_jax.models.config import ModelConfig, Remat, Segment
-from moe_jax.moe.layer import MoEAux, RouterInputs, TokenInfo
+from moe_jax.models.depths import DepthAux, DepthBlock, DepthCache
+from moe_jax.moe.layer import NO_INPUTS, MoEAux, RouterInputs, TokenInfo
 
 # One cache a block of the pattern, each stacked over the repeats; None without a cache.
-SegmentCache = tuple[KVCache | None, ...] | None
+SegmentCache = tuple[KVCache | DepthCache | None, ...] | None
 
 _REMAT_POLICIES = {
   Remat.FULL: None,
@@ -31,7 +32,7 @@ class ScannedSegment(nnx.Module):
     def pattern(key):
       keys = jax.random.split(key, len(segment.pattern))
       return nnx.List(
-        [Block(config, kind, key=k) for kind, k in zip(segment.pattern, keys, strict=True)]
+        [_make_block(config, kind, k) for kind, k in zip(segment.pattern, keys, strict=True)]
       )
 
     # Each repeat draws its own parameters.
@@ -48,11 +49,11 @@ class ScannedSegment(nnx.Module):
     tokens: TokenInfo,
     cache: SegmentCache,
     *,
-    inputs: RouterInputs,
+    inputs: RouterInputs = NO_INPUTS,
     key: jax.Array | None,
     train: bool,
-  ) -> tuple[jax.Array, SegmentCache, list[MoEAux]]:
-    """Runs the segment and returns x, the new cache and one aux record a MoE layer, in order.
+  ) -> tuple[jax.Array, SegmentCache, list[MoEAux | DepthAux]]:
+    """Runs the segment; returns x, the new cache and a record a MoE or depth block, in order.
 
     `inputs` has a leading axis of the segment's MoE layers.
     """
@@ -73,13 +74,17 @@ class ScannedSegment(nnx.Module):
     return x, cache, records
 
 
+def _make_block(config: ModelConfig, kind: tuple[str, ...], key: jax.Array) -> Block | DepthBlock:
+  return (DepthBlock if kind[2:] else Block)(config, kind, key=key)
+
+
 def _run_pattern(blocks, x, context, tokens, cache, *, inputs, key, train):
   keys = [None] * len(blocks) if key is None else jax.random.split(key, len(blocks))
   caches = (None,) * len(blocks) if cache is None else cache
-  new_caches, records = [], []
+  new_caches, records, layer = [], [], 0
   for block, block_cache, block_key in zip(blocks, caches, keys, strict=True):
-    # The records so far tell how many MoE layers came before this block.
-    own = _take(inputs, len(records)) if block.has_experts else RouterInputs()
+    own = _take(inputs, layer) if block.has_experts else NO_INPUTS
+    layer += block.has_experts
     x, new_cache, aux = block(
       x, context, tokens, block_cache, inputs=own, key=block_key, train=train
     )

@@ -78,14 +78,18 @@ def balanced_assignment(score_SE: jax.Array, mask_S: jax.Array) -> jax.Array:
   Bertsekas' auction: every token without a slot bids for its best expert what it would lose by
   taking its second best; an expert keeps its highest bids and its price is the lowest of them. The
   sum of scores is within S * epsilon of the largest possible one, epsilon being a thousandth of the
-  range of the scores. A padding token gets an arbitrary expert.
+  largest difference between two scores of a token. A padding token gets an arbitrary expert.
   """
   S, E = score_SE.shape
   if E == 1:
     return jnp.zeros((S,), jnp.int32)
   slots = (jnp.sum(mask_S) + E - 1) // E
+  # A NaN would bid forever, and an infinity makes one: neither may hang a run that went astray.
+  score_SE = jnp.clip(jnp.nan_to_num(score_SE), -1e30, 1e30)
+  # What all experts score alike decides nothing, and would cost the prices their precision.
+  score_SE = score_SE - jnp.max(score_SE, axis=1, keepdims=True)
   score_SE = jnp.where(mask_S[:, None], score_SE, 0.0)
-  epsilon = jnp.maximum(1e-3 * (jnp.max(score_SE) - jnp.min(score_SE)), 1e-6)
+  epsilon = jnp.maximum(-1e-3 * jnp.min(score_SE), 1e-6)
 
   def bid(state):
     expert_S, bid_S, price_E = state

@@ -6,6 +6,7 @@ import math
 from moe_jax.errors import UserError
 from moe_jax.moe.config import RoutingConfig
 from moe_jax.moe.options import CapacityConvention, Overflow, Rounding
+from moe_jax.moe.registry import Chooser
 
 _ROUND = {Rounding.CEIL: math.ceil, Rounding.FLOOR: math.floor, Rounding.ROUND_HALF_EVEN: round}
 
@@ -29,6 +30,9 @@ def expert_capacity(config: RoutingConfig, num_tokens: int, *, train: bool) -> i
         f" tokens: set overflow = drop to use it, or capacity = None"
       )
     return num_tokens
+  if config.selector.chooser == Chooser.SLOT:
+    # A slot that mixes tokens is of use beyond one a token.
+    return config.capacity
   if config.capacity is not None:
     return min(config.capacity, num_tokens)
   factor = config.capacity_factor if train else config.eval_capacity_factor

@@ -1,5 +1,7 @@
 """The router as five stages: score -> select -> weigh -> place, then dispatch and combine."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -186,12 +188,16 @@ def _expert_plan(call: Call, chosen: ExpertChoice, key: None) -> RoutingPlan:
 
 
 def _dense_plan(call: Call, chosen: SlotMixture, key: None) -> DensePlan:
-  """Every token enters every slot."""
-  z = losses.router_z_loss(call.logits, call.view.mask, call.config.loss_padding)
+  """Every token enters every slot; the load is each expert's share of the outputs."""
+  view = call.view
+  z = losses.router_z_loss(call.logits, view.mask, call.config.loss_padding)
   share = jnp.sum(chosen.combine, axis=-1)
-  everywhere = jnp.broadcast_to(call.view.mask[..., None].astype(jnp.float32), share.shape)
-  asks = Asks(share, everywhere, share, everywhere, share)
-  return DensePlan(chosen.dispatch, chosen.combine, {"router_z": z}, metrics_of(call, asks))
+  call = dataclasses.replace(call, view=dataclasses.replace(view, scores=share))
+  # A token asks all E experts, and is refused by none.
+  asked = call.config.num_experts * share
+  metrics = metrics_of(call, Asks(asked, asked, asked, asked, share))
+  metrics["capacity_utilization"] = jnp.mean(jnp.any(view.mask, axis=1), dtype=jnp.float32)
+  return DensePlan(chosen.dispatch, chosen.combine, {"router_z": z}, metrics)
 
 
 _PLANS = {

@@ -19,5 +19,5 @@ def soft(view: SelectView, config: RoutingConfig) -> SlotMixture:
   lowest = jnp.finfo(jnp.float32).min / 2
   dispatch = jax.nn.softmax(jnp.where(real_GS1, view.logits, lowest), axis=1)
   combine = jax.nn.softmax(view.logits, axis=-1)
-  shape = (*view.mask.shape, config.num_experts, config.capacity)
+  shape = (*view.mask.shape, config.num_experts, view.capacity)
   return SlotMixture(*(jnp.where(real_GS1, a, 0.0).reshape(shape) for a in (dispatch, combine)))

@@ -1,6 +1,7 @@
 """Exact parameter counts and FLOPs of a config, from the shapes of its parameters."""
 
 import dataclasses
+import fractions
 import math
 
 import jax
@@ -15,7 +16,8 @@ class ParameterCount:
 
   Attributes:
     total: all.
-    active: all but the experts a token does not visit; embedding and head included.
+    active: all but the experts a token does not visit; embedding and head included. A block that
+      only some tokens take counts by the fraction of them, rounded to whole parameters.
     routed_experts: those of routed experts.
     matmul_active: active parameters that multiply activations (no embedding look-up, no norms).
   """
@@ -29,28 +31,42 @@ class ParameterCount:
 def count_parameters(config: ModelConfig) -> ParameterCount:
   """Counts the parameters of a config without allocating any."""
   model = nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0)))
-  total = routed = looked_up = 0
-  for _, param in nnx.to_flat_state(nnx.split(model)[1]):
+  total = routed = 0
+  active = multiplied = fractions.Fraction(0)
+  for path, param in nnx.to_flat_state(nnx.split(model)[1]):
     size, axes = math.prod(param.get_value().shape), param.get_metadata()["axes"]
+    visits = _visits(config, path, axes)
     total += size
     routed += size if "expert" in axes else 0
-    looked_up += size if axes[-1] == "norm" else 0
+    active += size * visits
+    multiplied += 0 if axes[-1] == "norm" else size * visits
   if not config.tie_embeddings:
-    looked_up += config.vocab_size * config.model_dim
-  idle = 0
-  if routed:
-    routing = config.moe.routing
-    idle = routed * (routing.num_experts - routing.top_k) // routing.num_experts
-  active = total - idle
-  return ParameterCount(total, active, routed, active - looked_up)
+    multiplied -= config.vocab_size * config.model_dim
+  return ParameterCount(total, round(active), routed, round(multiplied))
+
+
+def _visits(config: ModelConfig, path: tuple, axes: tuple[str, ...]) -> fractions.Fraction:
+  """Returns the fraction of tokens that a parameter works on."""
+  part = fractions.Fraction(1)
+  # `DepthBlock` keeps what only some tokens take in `block`, its router beside it.
+  if "block" in path:
+    part *= fractions.Fraction(str(config.depth.capacity))
+  if "expert" in axes:
+    part *= fractions.Fraction(config.moe.routing.top_k, config.moe.routing.num_experts)
+  return part
 
 
 def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
   """Returns forward + backward FLOPs a token of a model that drops nothing.
 
   6 a matmul parameter (2 forward, 4 backward) and attention's two products with, on average, half
-  of the sequence: 6 * L * H * K a layer. A window is not
-  taken into account; norms, softmax and routing's sorting are left out.
+  of the sequence: 6 * L * H * K a layer; a block that a fraction of the tokens takes needs that
+  fraction squared. A window is not taken into account; norms, softmax and routing's sorting are
+  left out.
   """
   attention = config.attention.num_heads * config.attention.head_dim * sequence_length
-  return 6.0 * (count_parameters(config).matmul_active + len(config.layers()) * attention)
+  depth = len(config.depth_layers())
+  layers = len(config.layers()) - depth
+  if depth:
+    layers += depth * config.depth.capacity**2
+  return 6.0 * (count_parameters(config).matmul_active + layers * attention)

@@ -105,6 +105,7 @@ def make_train_step(
       "loss": summed["loss"],
       "grad_norm": optax.tree.norm(grads),
       "learning_rate": schedule(state.step - 1),
+      **_depth_metrics(summed["depths"], config),
       **_router_metrics(layers, summed["losses"], state, config, batch["tokens"].size),
     }
     return state, metrics
@@ -162,8 +163,22 @@ def _summands(loss: jax.Array, aux: ModelAux, share: Share) -> dict:
   """Returns what is summed over microbatches."""
   return {
     "loss": loss,
-    "losses": {name: value * share.losses for name, value in aux.losses.items()},
+    "losses": _scaled(aux.losses, share.losses),
     "layers": [summands(plan.metrics, share) for plan in aux.plans],
+    "depths": [_scaled({"loss": each.loss, **each.metrics}, share.tokens) for each in aux.depths],
+  }
+
+
+def _scaled(metrics: Metrics, factor: jax.Array) -> Metrics:
+  return {name: value * factor for name, value in metrics.items()}
+
+
+def _depth_metrics(depths: list[Metrics], config: ExperimentConfig) -> Metrics:
+  """Names the metrics of the blocks that only some tokens take."""
+  return {
+    f"depth/layer_{index}/{name}": value
+    for index, depth in zip(config.model.depth_layers(), depths, strict=True)
+    for name, value in depth.items()
   }
 
 
@@ -182,7 +197,7 @@ def _router_metrics(
   metrics = {
     _LOSS_NAMES[name]: value
     for name, value in losses.items()
-    if weights[name] or name in _ALWAYS_LOGGED
+    if weights.get(name) or name in _ALWAYS_LOGGED
   }
   logged = [
     {name: value for name, value in layer.items() if name not in _NOT_LOGGED}
