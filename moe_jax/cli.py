@@ -28,6 +28,7 @@ class Command:
 
 
 _RUN = Flag("workdir", FlagKind.FOLDER, "folder of a run made by moe-jax train")
+_STEP = Flag("step", FlagKind.INTEGER, "checkpoint to read; the latest if absent", None)
 
 COMMANDS = {
   "train": Command(
@@ -39,9 +40,30 @@ COMMANDS = {
     ),
   ),
   "eval": Command(
-    "evaluate a checkpoint of a run",
-    "moe_jax.commands.training:evaluate",
-    (_RUN, Flag("step", FlagKind.INTEGER, "checkpoint to evaluate; the latest if absent", None)),
+    "evaluate a checkpoint of a run, also under other routers",
+    "moe_jax.commands.evaluation:evaluate",
+    (
+      _RUN,
+      _STEP,
+      Flag(
+        "arm",
+        FlagKind.TEXTS,
+        "evaluate once more with other routing fields, as top_k=2,weighting=renormalized; they"
+        " change the dropless router; repeatable",
+        (),
+      ),
+      Flag("replay", FlagKind.FILE, "a trace whose experts are forced on its own tokens", None),
+    ),
+  ),
+  "trace": Command(
+    "record which experts the held-out tokens ask for",
+    "moe_jax.commands.evaluation:trace",
+    (
+      _RUN,
+      _STEP,
+      Flag("out", FlagKind.FILE, "the .npz file to write"),
+      Flag("batches", FlagKind.INTEGER, "held-out batches to record", 4),
+    ),
   ),
   "generate": Command(
     "continue a prompt with the model of a run",

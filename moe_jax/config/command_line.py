@@ -23,7 +23,9 @@ class FlagKind(enum.Enum):
   CONFIG = "FILE[:VARIANT]"  # brings the --config.FIELD=VALUE overrides with it
   FOLDER = "DIR"
   FOLDERS = "DIR ..."  # repeatable; all values are kept, in order
+  FILE = "FILE"
   TEXT = "TEXT"
+  TEXTS = "TEXT ..."  # repeatable likewise
   INTEGER = "INT"
   NUMBER = "NUMBER"
 
@@ -124,7 +126,7 @@ def _value(flag: Flag, texts: list[str] | None, program: str) -> Any:
     if flag.default is REQUIRED:
       raise UserError(f"{program} needs --{flag.name}={flag.kind.value} ({flag.help})")
     return flag.default
-  if flag.kind is FlagKind.FOLDERS:
+  if flag.kind in (FlagKind.FOLDERS, FlagKind.TEXTS):
     return tuple(_convert(flag, text) for text in texts)
   return _convert(flag, texts[-1])
 

@@ -11,6 +11,7 @@ from moe_jax.models.depth_config import DepthConfig
 from moe_jax.moe.dispatch import Dispatch
 from moe_jax.moe.layer import MoEConfig
 from moe_jax.moe.options import Overflow
+from moe_jax.moe.registry import Chooser
 
 MIXERS = ("attention",)
 FEED_FORWARDS = ("dense", "moe")
@@ -153,9 +154,10 @@ class ModelConfig:
   def dropless(self) -> "ModelConfig":
     """Returns this config with room for every token: an output depends on its own sequence only.
 
-    Uses ragged dispatch, which needs no capacity buffer.
+    Uses ragged dispatch, which needs no capacity buffer. Where experts choose tokens, or slots mix
+    them, nothing overflows and the config stays: outputs depend on the whole group by design.
     """
-    if self.moe is None:
+    if self.moe is None or self.moe.routing.selector.chooser != Chooser.TOKEN:
       return self
     config = self.with_routing(overflow=Overflow.DROPLESS, capacity=None)
     return dataclasses.replace(

@@ -11,7 +11,8 @@ from moe_jax.moe import RoutingConfig, RoutingPlan, route
 FAST_COMPILE = {"xla_backend_optimization_level": "0"}
 
 
-@functools.cache
+# Bounded: a process with a thousand live executables runs out of memory maps.
+@functools.lru_cache(maxsize=64)
 def compiled_route(config: RoutingConfig, train: bool = False):
   """Returns a function of (logits (G, S, E'), mask (G, S), key, more) that gives the plan.
 
