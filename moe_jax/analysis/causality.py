@@ -44,10 +44,9 @@ class Leak:
 
   @property
   def verdict(self) -> str:
-    """Says in one sentence what was found."""
-    return f"{_sentence('future', self.future, self.future_causes)}; " + _sentence(
-      "batch", self.batch, self.batch_causes
-    )
+    """Says what was found, see `verdict`."""
+    found = self.future > 0, self.batch > 0
+    return verdict(*found, self.future_causes, self.batch_causes)
 
 
 def audit_router(
@@ -83,9 +82,7 @@ def differs(before: np.ndarray, after: np.ndarray) -> np.ndarray:
   return np.any(np.abs(before - after) > _TOLERANCE, axis=-1)
 
 
-def future_causes(
-  config: RoutingConfig, shape: tuple[int, int], *, train: bool
-) -> tuple[str, ...]:
+def future_causes(config: RoutingConfig, shape: tuple[int, int], *, train: bool) -> tuple[str, ...]:
   """Returns the fields by which a later token can decide an earlier one's fate, in words."""
   causes = []
   if _looks_ahead(config, train):
@@ -136,12 +133,22 @@ def _placement_causes(config, train):
   return causes
 
 
-def _sentence(kind: str, share: float, causes: tuple[str, ...]) -> str:
-  leaks = {"future": "LEAKS the future", "batch": "depends on the rest of the batch"}[kind]
-  safe = {"future": "causal", "batch": "independent of the rest of the batch"}[kind]
-  if not share and not causes:
-    return safe
-  reason = " and ".join(causes) or "a selection that is registered as causal and is not"
-  if not share:
-    return f"{safe} on this sample, but not by design ({reason})"
-  return f"{leaks} ({reason})"
+def verdict(
+  future: bool, batch: bool, future_causes: tuple[str, ...], batch_causes: tuple[str, ...]
+) -> str:
+  """Says in words whether something leaked, or could, from the future and between sequences."""
+  first = _sentence(future, future_causes, "LEAKS the future", "is causal")
+  second = _sentence(
+    batch,
+    batch_causes,
+    "depends on the rest of the batch",
+    "is independent of the rest of the batch",
+  )
+  return f"{first}; it {second}"
+
+
+def _sentence(leaks: bool, causes: tuple[str, ...], bad: str, good: str) -> str:
+  reason = " and ".join(causes)
+  if leaks:
+    return f"{bad} ({reason or 'by a selection that is registered as causal and is not'})"
+  return f"{good} on this sample, but not by design ({reason})" if causes else good

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax.analysis.causality import batch_causes, differs, future_causes
+from moe_jax.analysis.causality import batch_causes, differs, future_causes, verdict
 from moe_jax.analysis.routed_sample import by_row, decisions
 from moe_jax.models import Decoder, ModelConfig
 
@@ -44,6 +44,13 @@ class ModelLeak:
   layers: tuple[LayerLeak, ...]
   future_causes: tuple[str, ...]
   batch_causes: tuple[str, ...]
+
+  @property
+  def verdict(self) -> str:
+    """Says what was found, see `causality.verdict`."""
+    future = self.future > self.tolerance or any(layer.future for layer in self.layers)
+    batch = self.batch > self.tolerance or any(layer.batch for layer in self.layers)
+    return verdict(future, batch, self.future_causes, self.batch_causes)
 
 
 def audit_model(
