@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from moe_jax import __version__
 from moe_jax.choices import did_you_mean
-from moe_jax.config.command_line import REQUIRED, Flag, FlagKind, parse_command_line, spelt
+from moe_jax.config.command_line import REQUIRED, Flag, FlagKind, parse_command_line
 from moe_jax.errors import UserError
 
 _PROGRAM = "moe-jax"
@@ -60,15 +60,15 @@ COMMANDS = {
     (_RUN, Flag("compare", FlagKind.FOLDERS, "another run to set beside it; repeatable", ())),
   ),
   "conventions": Command(
-    "list the conventions of all router presets, or what two of them differ in and what it changes",
+    "list the conventions of all router presets, or what sets two of them apart",
     "moe_jax.commands.conventions:conventions",
     (
-      Flag("diff", FlagKind.PAIR, "two presets to compare", None),
+      Flag("diff", FlagKind.PAIR, "two presets to compare, also written --diff A B", None),
       Flag("sample", FlagKind.INTEGER, "seed of the random logits that both route", 0),
     ),
   ),
   "audit": Command(
-    "change later tokens of a model or router and report what leaks into earlier ones",
+    "change later tokens of a model or router, report what leaks into earlier ones",
     "moe_jax.commands.audit:audit",
     (
       Flag("config", FlagKind.CONFIG, "config file of a model, with a variant if it has any", None),
@@ -132,9 +132,9 @@ def _program_help() -> str:
 
 def _command_help(name: str) -> str:
   command = COMMANDS[name]
-  needed = [spelt(flag) for flag in command.flags if flag.default is REQUIRED]
+  needed = [_spelt(flag) for flag in command.flags if flag.default is REQUIRED]
   rest = "" if len(needed) == len(command.flags) else " [--flag=value ...]"
-  rows = [(spelt(flag), flag.help + _default_note(flag)) for flag in command.flags]
+  rows = [(_spelt(flag), flag.help + _default_note(flag)) for flag in command.flags]
   if command.flags[0].kind is FlagKind.CONFIG:
     rest += " [--config.FIELD=VALUE ...]"
     rows.append(("--config.FIELD=VALUE", "set one field, for example --config.moe.top_k=1"))
@@ -143,6 +143,10 @@ def _command_help(name: str) -> str:
     f"{command.help[0].upper()}{command.help[1:]}.\n\n"
     f"flags:\n{_aligned(rows)}"
   )
+
+
+def _spelt(flag: Flag) -> str:
+  return f"--{flag.name}={flag.kind.value.removesuffix(' ...')}"
 
 
 def _default_note(flag: Flag) -> str:

@@ -1,6 +1,7 @@
 """What routers' conventions are, in words, and what a difference between two of them changes."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -112,9 +113,7 @@ def compare(
   """
   sample = draw_sample(max(a.num_logits, b.num_logits), shape, seed)
   (one, seen_a, asked_a), (two, seen_b, asked_b) = (_run(sample, c, shape) for c in (a, b))
-  lost_a, lost_b = (
-    jnp.sum(asked - seen, -1) for asked, seen in ((asked_a, seen_a), (asked_b, seen_b))
-  )
+  lost_a, lost_b = jnp.sum(asked_a - seen_a, axis=-1), jnp.sum(asked_b - seen_b, axis=-1)
   return Comparison(
     (a, b),
     (one, two),
@@ -131,17 +130,17 @@ def _share(tokens_BL) -> float:
 def _run(sample, config, shape):
   """Returns the outcome and the experts (B, L, E) that see and that were asked by each token."""
   logits = jnp.asarray(sample.logits[..., : config.num_logits])
-
-  def seen(config):
-    plan = route_rows(logits, sample.ids, config, train=True)
-    return plan, by_row(presence(plan), shape)
-
-  plan, seen_BLE = jax.jit(lambda: seen(config))()
-  asked_BLE = seen_BLE
+  plan = _plan(logits, sample.ids, config)
+  seen_BLE = asked_BLE = by_row(presence(plan), shape)
   if config.selector.chooser == Chooser.TOKEN and config.overflow != Overflow.DROPLESS:
     unlimited = dataclasses.replace(config, overflow=Overflow.DROPLESS, capacity=None)
-    asked_BLE = jax.jit(lambda: seen(unlimited)[1])()
+    asked_BLE = by_row(presence(_plan(logits, sample.ids, unlimited)), shape)
   return _outcome(plan, config), seen_BLE, asked_BLE
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _plan(logits, ids, config):
+  return route_rows(logits, ids, config, train=True)
 
 
 def _outcome(plan, config):

@@ -66,7 +66,7 @@ def audit_model(
     shape: (B, L) of the tokens.
     seed: of parameters and tokens.
   """
-  graph, params = jax.jit(lambda: nnx.split(Decoder(config, key=jax.random.key(seed))))()
+  graph, params = _initial(config, seed)
   rng = np.random.default_rng(seed)
   cut = shape[1] // 2
   tokens = rng.integers(0, config.vocab_size, shape).astype(np.int32)
@@ -91,6 +91,16 @@ def audit_model(
   )
 
 
+def _initial(config, seed):
+  """Returns the model's graph and random parameters."""
+
+  def model():
+    return Decoder(config, key=jax.random.key(seed))
+
+  graph = nnx.split(nnx.eval_shape(model))[0]
+  return graph, jax.jit(lambda: nnx.split(model())[1], compiler_options=_compiler_options())()
+
+
 def _tolerance(logits, config):
   epsilon = float(jnp.finfo(config.dtype).eps)
   return _ROUNDING_STEPS * epsilon * float(np.max(np.abs(logits)))
@@ -98,11 +108,19 @@ def _tolerance(logits, config):
 
 def _run(graph, params, tokens, *, train):
   """Returns the logits (B, L, V) and each MoE layer's decisions (B, L, X) as NumPy arrays."""
-  return jax.device_get(_forward(graph, params, tokens, train=train))
+  return jax.device_get(_compiled(graph, train)(params, tokens))
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "train"))
-def _forward(graph, params, tokens, *, train):
-  key = jax.random.key(0) if train else None
-  logits, aux = nnx.merge(graph, params)(tokens, return_aux=True, train=train, key=key)
-  return logits, [by_row(decisions(plan), tokens.shape) for plan in aux.plans]
+@functools.cache
+def _compiled(graph, train):
+  def forward(params, tokens):
+    key = jax.random.key(0) if train else None
+    logits, aux = nnx.merge(graph, params)(tokens, return_aux=True, train=train, key=key)
+    return logits, [by_row(decisions(plan), tokens.shape) for plan in aux.plans]
+
+  return jax.jit(forward, compiler_options=_compiler_options())
+
+
+def _compiler_options() -> dict[str, str] | None:
+  """A program that runs twice is not worth optimising on CPU."""
+  return {"xla_backend_optimization_level": "0"} if jax.default_backend() == "cpu" else None

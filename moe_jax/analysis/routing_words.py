@@ -103,7 +103,9 @@ def _unread(config: RoutingConfig) -> set[str]:
     (config.bias_update != BiasUpdate.NONE, {"bias_rate"}),
     (config.weighting in normed, {"weight_norm_order"}),
     (slots and config.capacity is None, factors),
-    (slots, {"capacity", "grouping", "group_size"}),
+    (slots, {"capacity"}),
+    # Selections that do not rank a token's experts may look at the whole group.
+    (slots or not config.selector.ranked, {"grouping", "group_size"}),
     (drops, {"drop_order", "priority"}),
     (config.top_k > 1, {"drop_order"}),
     (config.overflow == Overflow.REROUTE, {"reroute_attempts"}),

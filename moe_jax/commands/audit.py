@@ -1,11 +1,18 @@
 """The command `moe-jax audit`."""
 
+import textwrap
 from types import SimpleNamespace
 
-from moe_jax.analysis.causality import audit_router
-from moe_jax.errors import UserError
-from moe_jax.moe.presets import preset
+from ml_collections import ConfigDict
 
+from moe_jax.analysis.causality import audit_router
+from moe_jax.analysis.model_audit import audit_model
+from moe_jax.errors import UserError
+from moe_jax.moe.config import RoutingConfig
+from moe_jax.moe.presets import preset
+from moe_jax.training.config import experiment_from
+
+_WIDTH = 100
 _ROWS, _LENGTH = 4, 64
 _EXPERTS = 16
 _MODES = {"training": True, "evaluation": False}
@@ -30,21 +37,16 @@ def _audit_preset(name: str, seed: int) -> None:
   config = _at_sample_size(name)
   print(
     f"router {name}, {config.num_experts} experts, K = {config.top_k}: random logits of {_ROWS}"
-    f" rows of {_LENGTH} tokens, seed {seed};\nthe later tokens of row 0 are changed at three cuts\n"
+    f" rows of {_LENGTH} tokens, seed {seed};\n"
+    "the later tokens of row 0 are changed, at three cuts\n"
   )
-  print(f"  {'':<12}{'past tokens of row 0 routed otherwise':>40}{'tokens of other rows':>24}")
-  leaks = {
-    mode: audit_router(config, train=train, shape=(_ROWS, _LENGTH), seed=seed)
-    for mode, train in _MODES.items()
-  }
-  for mode, leak in leaks.items():
-    print(f"  {mode:<12}{_percent(leak.future):>40}{_percent(leak.batch):>24}")
-  print()
-  for mode, leak in leaks.items():
-    print(f"verdict, {mode}: {name} {leak.verdict}")
+  for mode, train in _MODES.items():
+    leak = audit_router(config, train=train, shape=(_ROWS, _LENGTH), seed=seed)
+    print(f"{mode}: {_shares(leak.future, leak.batch)}")
+    _print_verdict(mode, f"the router {leak.verdict}")
 
 
-def _at_sample_size(name: str):
+def _at_sample_size(name: str) -> RoutingConfig:
   """Returns the preset with few experts, so that they fill up, or as it is where it cannot."""
   own = preset(name)
   try:
@@ -53,29 +55,30 @@ def _at_sample_size(name: str):
     return own
 
 
-def _audit_config(mapping, source: str, seed: int) -> None:
-  # Imported late: the model's modules take seconds, which --preset does not need.
-  from moe_jax.analysis.model_audit import audit_model
-  from moe_jax.training.config import experiment_from
-
+def _audit_config(mapping: ConfigDict, source: str, seed: int) -> None:
   experiment = experiment_from(mapping.to_dict())
-  model, length = experiment.model, min(experiment.data.sequence_length, 2 * _LENGTH)
+  length = min(experiment.data.sequence_length, 2 * _LENGTH)
   print(
     f"model {source} at random parameters: {_ROWS} rows of {length} random tokens, seed {seed};\n"
     f"row 0 is changed from token {length // 2} on\n"
   )
   for mode, train in _MODES.items():
-    result = audit_model(model, train=train, shape=(_ROWS, length), seed=seed)
-    print(f"{mode}: logits change by at most (rounding: {result.tolerance:.1g})")
-    print(f"  {'row 0, past':<24}{result.future:.3g}")
-    print(f"  {'other rows':<24}{result.batch:.3g}")
+    result = audit_model(experiment.model, train=train, shape=(_ROWS, length), seed=seed)
+    print(
+      f"{mode}: logits move by up to {result.future:.3g} in row 0's past and {result.batch:.3g} in"
+      f" other rows ({result.tolerance:.1g} is rounding)"
+    )
     for layer in result.layers:
-      print(
-        f"  MoE layer {layer.layer:<3} routes otherwise: {_percent(layer.future)} of row 0's past,"
-        f" {_percent(layer.batch)} of other rows"
-      )
-    print(f"verdict, {mode}: the model {result.verdict}\n")
+      print(f"  MoE layer {layer.layer}: {_shares(layer.future, layer.batch)}")
+    _print_verdict(mode, f"the model {result.verdict}")
 
 
-def _percent(share: float) -> str:
-  return f"{100 * share:.1f} %"
+def _shares(future: float, batch: float) -> str:
+  return (
+    f"{100 * future:.1f} % of row 0's past and {100 * batch:.1f} % of other rows' tokens are routed"
+    " otherwise"
+  )
+
+
+def _print_verdict(mode: str, text: str) -> None:
+  print(textwrap.fill(f"verdict, {mode}: {text}", _WIDTH, subsequent_indent="  ") + "\n")

@@ -47,7 +47,8 @@ def conventions(args: SimpleNamespace) -> None:
     return
   first, second = args.diff
   _print_differences(console, first, second)
-  _print_comparison(console, (first, second), compare(*same_size(first, second), seed=args.sample))
+  result = compare(*same_size(first, second), seed=args.sample)
+  _print_comparison(console, (first, second), result, args.sample)
 
 
 def _table(*columns: str) -> Table:
@@ -77,11 +78,13 @@ def _print_differences(console: Console, first: str, second: str) -> None:
   console.print(table)
 
 
-def _print_comparison(console: Console, names: tuple[str, str], result: Comparison) -> None:
+def _print_comparison(
+  console: Console, names: tuple[str, str], result: Comparison, seed: int
+) -> None:
   B, L = SAMPLE_SHAPE
   console.print(
-    f"On random logits, {B} sequences of {L} tokens, {result.configs[0].num_experts} experts for"
-    " both, in training:"
+    f"On random logits of {B} sequences of {L} tokens (seed {seed}; lower expert ids preferred),"
+    f" {result.configs[0].num_experts} experts for both, in training:"
   )
   table = _table("", *names)
   for label, show in _OUTCOMES.items():

@@ -24,7 +24,7 @@ class FlagKind(enum.Enum):
   FOLDER = "DIR"
   FOLDERS = "DIR ..."  # repeatable; all values are kept, in order
   TEXT = "TEXT"
-  PAIR = "A B"  # two words, or A,B in one
+  PAIR = "A,B"  # also as two words after the flag
   INTEGER = "INT"
   NUMBER = "NUMBER"
 
@@ -96,14 +96,8 @@ def _next_words(words: list[str], flag: Flag) -> str:
   count = 2 if flag.kind is FlagKind.PAIR and "," not in "".join(words[:1]) else 1
   flags = any(word.startswith("--") for word in words[1:count])
   if len(words) < count or flags:
-    raise UserError(f"--{flag.name} needs a value: {spelt(flag)}")
+    raise UserError(f"--{flag.name} needs a value: --{flag.name}={flag.kind.value}")
   return ",".join(words.pop(0) for _ in range(count))
-
-
-def spelt(flag: Flag) -> str:
-  """Returns how a flag is written, for example "--step=INT"."""
-  separator = " " if flag.kind is FlagKind.PAIR else "="
-  return f"--{flag.name}{separator}{flag.kind.value.removesuffix(' ...')}"
 
 
 def _is_known(name: str, table: dict[str, Flag]) -> bool:
@@ -148,7 +142,7 @@ def _convert(flag: Flag, text: str) -> Any:
   if flag.kind is FlagKind.TEXT:
     return text
   if not text:
-    raise UserError(f"--{flag.name}= is empty, expected {spelt(flag)}")
+    raise UserError(f"--{flag.name}= is empty, expected --{flag.name}={flag.kind.value}")
   if flag.kind is FlagKind.PAIR:
     return _pair(flag, text)
   kinds = {FlagKind.INTEGER: (int, "an int"), FlagKind.NUMBER: (float, "a number")}
@@ -162,7 +156,9 @@ def _convert(flag: Flag, text: str) -> Any:
 def _pair(flag: Flag, text: str) -> tuple[str, str]:
   parts = tuple(part.strip() for part in text.split(","))
   if len(parts) != 2 or not all(parts):
-    raise UserError(f"--{flag.name}={text} does not name two things, expected {spelt(flag)}")
+    raise UserError(
+      f"--{flag.name}={text} does not name two things, expected --{flag.name}={flag.kind.value}"
+    )
   return parts
 
 

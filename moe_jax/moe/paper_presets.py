@@ -262,8 +262,8 @@ PAPER_PRESETS: dict[str, dict] = {
     balance_loss_weight=0.003,
   ),
   # OLMoE, arXiv 2409.02060: 8 of 64 experts, raw softmax weights (`norm_topk_prob` false), no
-  # drops, loss weights 0.01 and 0.001 (section 4.1); f divided by K and averaged over a device's batch
-  # as in MegaBlocks, where it was trained.
+  # drops, loss weights 0.01 and 0.001 (section 4.1); f divided by K and averaged over a device's
+  # batch as in MegaBlocks, where it was trained.
   "olmoe": dict(
     num_experts=64,
     top_k=8,
