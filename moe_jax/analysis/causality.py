@@ -77,9 +77,9 @@ def audit_router(
   )
 
 
-def differs(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-  """Tells for each token (B, L) whether its decisions (B, L, X) changed."""
-  return np.any(np.abs(before - after) > _TOLERANCE, axis=-1)
+def differs(before: np.ndarray, after: np.ndarray, tolerance: float = _TOLERANCE) -> np.ndarray:
+  """Tells for each token (B, L) whether its decisions (B, L, X) changed by more than this."""
+  return np.any(np.abs(before - after) > tolerance, axis=-1)
 
 
 def future_causes(config: RoutingConfig, shape: tuple[int, int], *, train: bool) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from moe_jax.analysis.routed_sample import by_row, draw_sample, presence, route_rows
 from moe_jax.analysis.routing_words import shown_fields
@@ -112,35 +112,37 @@ def compare(
     seed: of the sample.
   """
   sample = draw_sample(max(a.num_logits, b.num_logits), shape, seed)
-  (one, seen_a, asked_a), (two, seen_b, asked_b) = (_run(sample, c, shape) for c in (a, b))
-  lost_a, lost_b = jnp.sum(asked_a - seen_a, axis=-1), jnp.sum(asked_b - seen_b, axis=-1)
+  (one, seen_a, asked_a), (two, seen_b, asked_b) = (_run(sample, config) for config in (a, b))
+  lost_a, lost_b = np.sum(asked_a - seen_a, axis=-1), np.sum(asked_b - seen_b, axis=-1)
   return Comparison(
     (a, b),
     (one, two),
-    asked_differently=_share(jnp.any(asked_a != asked_b, axis=-1)),
-    seen_differently=_share(jnp.any(seen_a != seen_b, axis=-1)),
-    dropped_differently=_share(lost_a != lost_b),
+    asked_differently=float(np.mean(np.any(asked_a != asked_b, axis=-1))),
+    seen_differently=float(np.mean(np.any(seen_a != seen_b, axis=-1))),
+    dropped_differently=float(np.mean(lost_a != lost_b)),
   )
 
 
-def _share(tokens_BL) -> float:
-  return float(jnp.mean(tokens_BL))
-
-
-def _run(sample, config, shape):
+def _run(sample, config):
   """Returns the outcome and the experts (B, L, E) that see and that were asked by each token."""
-  logits = jnp.asarray(sample.logits[..., : config.num_logits])
-  plan = _plan(logits, sample.ids, config)
-  seen_BLE = asked_BLE = by_row(presence(plan), shape)
+  logits = sample.logits[..., : config.num_logits]
+  plan, seen_BLE = jax.device_get(_route(logits, sample.ids, config))
+  asked_BLE = seen_BLE
   if config.selector.chooser == Chooser.TOKEN and config.overflow != Overflow.DROPLESS:
     unlimited = dataclasses.replace(config, overflow=Overflow.DROPLESS, capacity=None)
-    asked_BLE = by_row(presence(_plan(logits, sample.ids, unlimited)), shape)
+    asked_BLE = jax.device_get(_seen(logits, sample.ids, unlimited))
   return _outcome(plan, config), seen_BLE, asked_BLE
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _plan(logits, ids, config):
-  return route_rows(logits, ids, config, train=True)
+def _route(logits, ids, config):
+  plan = route_rows(logits, ids, config, train=True)
+  return plan, by_row(presence(plan), ids.shape)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _seen(logits, ids, config):
+  return by_row(presence(route_rows(logits, ids, config, train=True)), ids.shape)
 
 
 def _outcome(plan, config):

@@ -12,9 +12,9 @@ from moe_jax.analysis.causality import batch_causes, differs, future_causes, ver
 from moe_jax.analysis.routed_sample import by_row, decisions
 from moe_jax.models import Decoder, ModelConfig
 
-# A logit may move by this many rounding steps of the activations' dtype without a leak: other rows
-# in an expert's buffer change the order of sums.
-_ROUNDING_STEPS = 64
+# Rounding steps of the activations' dtype, relative to the largest value, by which a logit or a
+# weight may move without a leak: other rows in an expert's buffer change the order of sums.
+_ROUNDING_STEPS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +76,13 @@ def audit_model(
   changed[0, cut:] = (tokens[0, cut:] + shift) % config.vocab_size
   before, after = (_run(graph, params, jnp.asarray(t), train=train) for t in (tokens, changed))
   moved = np.abs(before[0] - after[0])
-  routed = [differs(*pair) for pair in zip(before[1], after[1], strict=True)]
+  rounding = _ROUNDING_STEPS * float(jnp.finfo(config.dtype).eps)
+  routed = [differs(*pair, rounding) for pair in zip(before[1], after[1], strict=True)]
   routing = () if config.moe is None else (config.moe.routing, shape)
   return ModelLeak(
     future=float(np.max(moved[0, :cut])),
     batch=float(np.max(moved[1:])),
-    tolerance=_tolerance(before[0], config),
+    tolerance=rounding * float(np.max(np.abs(before[0]))),
     layers=tuple(
       LayerLeak(layer, float(np.mean(r[0, :cut])), float(np.mean(r[1:])))
       for layer, r in zip(config.moe_layers(), routed, strict=True)
@@ -91,6 +92,7 @@ def audit_model(
   )
 
 
+@functools.lru_cache(maxsize=1)
 def _initial(config, seed):
   """Returns the model's graph and random parameters."""
 
@@ -99,11 +101,6 @@ def _initial(config, seed):
 
   graph = nnx.split(nnx.eval_shape(model))[0]
   return graph, jax.jit(lambda: nnx.split(model())[1], compiler_options=_compiler_options())()
-
-
-def _tolerance(logits, config):
-  epsilon = float(jnp.finfo(config.dtype).eps)
-  return _ROUNDING_STEPS * epsilon * float(np.max(np.abs(logits)))
 
 
 def _run(graph, params, tokens, *, train):
