@@ -8,7 +8,9 @@ Two questions, asked apart, both of one row (sequence) whose tokens from a posit
   slots, and an output depends on what else is in the batch: not a leak of the future, but results
   change with batch size and order.
 
-Rows are what counts: documents packed into one row share its routing group.
+So a router that serves tokens in order (`token_major`, by position) is causal however many rows
+share a group, and then depends on the batch. Rows are what counts: documents packed into one row
+share its routing group. A selection bias and the losses act between steps and are not looked at.
 """
 
 import dataclasses
