@@ -67,16 +67,22 @@ def test_a_library_s_capacity_is_rounded_as_in_its_code(name):
   assert expert_capacity(config, 2000, train=True) == SLOTS[name]
 
 
-@pytest.mark.parametrize(("rounding", "slots"), [("ceil", 7), ("floor", 6)])
-def test_rounding_before_the_factor_differs_from_rounding_after_it(rounding, slots):
-  # K S / E = 14 / 3 assignments: 4.67 * 1.5 = 7, 5 * 1.5 = 7.5; for each choice 3 * 1.5 = 4.5.
-  fields = dict(num_experts=3, top_k=2, capacity_factor=1.5)
-  before = RoutingConfig(capacity_rounding="floor_of_ceiled_assignments", **fields)
-  assert expert_capacity(before, 7, train=True) == 7
-  each = RoutingConfig(capacity_rounding="floor_of_ceiled_tokens", **fields)
-  assert expert_capacity(each, 8, train=True) == 8
-  after = RoutingConfig(capacity_rounding=rounding, **{**fields, "capacity_factor": 1.4})
-  assert expert_capacity(after, 7, train=True) == slots
+@pytest.mark.parametrize(
+  ("rounding", "num_experts", "slots"),
+  [
+    # 40 assignments to 12 experts: 1.5 * ceil(3.33) = 6, each of two choices floor(1.5 * 2) = 3.
+    ("floor_of_ceiled_assignments", 12, 6),
+    ("floor_of_ceiled_tokens", 12, 6),
+    ("ceil", 12, 5),
+    # To 6 experts: 1.5 * ceil(6.67) = 10.5, each choice 1.5 * ceil(3.33) = 6.
+    ("floor_of_ceiled_assignments", 6, 10),
+    ("floor_of_ceiled_tokens", 6, 12),
+    ("floor", 6, 10),
+  ],
+)
+def test_rounding_before_the_factor_differs_from_rounding_after_it(rounding, num_experts, slots):
+  fields = dict(num_experts=num_experts, top_k=2, capacity_factor=1.5, capacity_rounding=rounding)
+  assert expert_capacity(RoutingConfig(**fields), 20, train=True) == slots
 
 
 def test_the_noise_of_vmoe_follows_the_number_of_experts():
