@@ -8,7 +8,7 @@ from moe_jax.layers.dropout import dropout, split_key
 from moe_jax.layers.mlp import FeedForward
 from moe_jax.layers.norms import RMSNorm
 from moe_jax.models.config import ModelConfig
-from moe_jax.moe.layer import MoEAux, MoELayer, TokenInfo
+from moe_jax.moe.layer import MoEAux, MoELayer, RouterInputs, TokenInfo
 
 
 def _attention(config: ModelConfig, key: jax.Array) -> Attention:
@@ -46,6 +46,11 @@ class Block(nnx.Module):
     self.feed_forward_norm = RMSNorm(config.model_dim, config.norm_epsilon)
     self.feed_forward = _FEED_FORWARDS[feed_forward](config, ff_key)
 
+  @property
+  def has_experts(self) -> bool:
+    """Whether the feed-forward is a MoE layer."""
+    return isinstance(self.feed_forward, MoELayer)
+
   def __call__(
     self,
     x: jax.Array,
@@ -53,6 +58,7 @@ class Block(nnx.Module):
     tokens: TokenInfo,
     cache: KVCache | None,
     *,
+    inputs: RouterInputs,
     key: jax.Array | None,
     train: bool,
   ) -> tuple[jax.Array, KVCache | None, MoEAux | None]:
@@ -60,16 +66,17 @@ class Block(nnx.Module):
     mixer_key, ff_key, drop_key = split_key(key, 3)
     y, cache = self.mixer(self.mixer_norm(x), context, cache, key=mixer_key)
     x = x + y
-    y, aux = self._feed_forward(self.feed_forward_norm(x), tokens, ff_key, train)
+    y, aux = self._feed_forward(self.feed_forward_norm(x), tokens, inputs, ff_key, train)
     return x + dropout(y, self.dropout_rate, drop_key), cache, aux
 
-  def _feed_forward(self, x, tokens, key, train):
-    if isinstance(self.feed_forward, MoELayer):
+  def _feed_forward(self, x, tokens, inputs, key, train):
+    if self.has_experts:
       return self.feed_forward(
         x,
         token_mask=tokens.mask,
         token_ids=tokens.ids,
         segment_ids=tokens.segment_ids,
+        inputs=inputs,
         key=key,
         train=train,
       )

@@ -100,6 +100,8 @@ class ModelConfig:
         f"segments = {self.segments} has no moe block, so moe would be ignored; leave"
         " moe out, or use for example 'attention:moe'"
       )
+    if self.moe is not None:
+      self.moe.check_width(self.model_dim)
     # JSON gives lists, and a config must be hashable: it is part of what is compiled.
     object.__setattr__(self, "segments", tuple(map(tuple, self.segments)))
 

@@ -56,7 +56,12 @@ def check_ids(
 
 
 def check_bias(config: RoutingConfig, bias: jax.Array | None) -> None:
-  """Refuses a selection bias of another shape than (E',)."""
+  """Refuses a selection bias where nothing ranks by it, or of another shape than (E',)."""
+  if bias is not None and not config.selector.ranked:
+    raise UserError(
+      f"selection = {config.selection} does not rank experts: bias = None is expected, an array"
+      f" of shape {bias.shape} was given"
+    )
   if bias is not None and bias.shape != (config.num_logits,):
     raise UserError(f"bias has shape {bias.shape}; expected ({config.num_logits},)")
 

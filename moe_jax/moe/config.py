@@ -75,7 +75,7 @@ class RoutingConfig:
       of the losses in `moe_jax.moe.losses`.
     adaptive_target, adaptive_factor: when a target is set, the coefficient of the balance loss is
       multiplied by adaptive_factor after a step in which the mean number of experts per token
-      (`positive`) or the max violation (all others) exceeds it, and divided otherwise (ReMoE,
+      (`positive`) or the max violation (all others) exceeds it, and divided below it (ReMoE,
       arXiv 2412.14711 Eq. 9).
   """
 
@@ -257,6 +257,10 @@ def _check_selection(config: RoutingConfig) -> None:
     _require(config, "overflow", config.overflow != Overflow.REROUTE, wanted)
     wanted = f"0 with {name}, which does not rank experts"
     _require(config, "num_null_experts", not config.num_null_experts, wanted)
+  if config.bias_update == BiasUpdate.QUANTILE:
+    plain = config.num_expert_groups == 1 and config.top_k < config.num_logits
+    wanted = "sign or magnitude with num_expert_groups > 1 or with every expert selected"
+    _require(config, "bias_update", plain, wanted)
   if config.num_null_experts:
     wanted = "drop or dropless with null experts, which never overflow"
     _require(config, "overflow", config.overflow != Overflow.REROUTE, wanted)

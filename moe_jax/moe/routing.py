@@ -53,7 +53,8 @@ def route(
     expert_ids: (G, S, K) integers below E, the experts that `selection = replay` forces; a negative
       id asks nobody.
     noise_scale: (G, S, E') standard deviation of the noise, for `noise = learned`.
-    bias: (E',) added to the scores for selection alone; it receives no gradient.
+    bias: (E',) added to the scores for selection alone, if that ranks experts; it receives no
+      gradient.
     global_load: (E,), see `moe_jax.moe.losses.load_balance_loss`.
     key: in training, for whatever the config draws: used as it is by a single stage that draws,
       split in the order noise, selection, placement where several do.
@@ -113,7 +114,7 @@ def _noise(logits, config, key, noise_scale, mask):
 def _view(logits, config, mask, bias, ids, key, train):
   """Scores the tokens, and applies to `ranking` what only selection sees."""
   score = scores.score_logits(logits, config)
-  ranking = jax.lax.stop_gradient(score if bias is None else score + bias)
+  ranking = jax.lax.stop_gradient(score if bias is None else score + bias[None, None])
   if config.num_expert_groups > 1 and config.selector.ranked:
     ranking = scores.limit_to_groups(ranking, config)
   slots = capacity.expert_capacity(config, mask.shape[1], train=train)

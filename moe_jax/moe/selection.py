@@ -72,8 +72,12 @@ def random(view: SelectView, config: RoutingConfig) -> TokenChoice:
 
   Outside training the choice is a fixed function of the position in the group.
   """
-  key = view.key if view.train else jax.random.key(config.hash_seed)
-  drawn = jax.random.uniform(key, view.scores.shape)
+  if view.train:
+    drawn = jax.random.uniform(view.key, view.scores.shape)
+  else:
+    # Without the axis of groups, or a token's experts would depend on its row of the batch.
+    fixed = jax.random.uniform(jax.random.key(config.hash_seed), (1, *view.scores.shape[1:]))
+    drawn = jnp.broadcast_to(fixed, view.scores.shape)
   return ask(jax.lax.top_k(drawn, config.top_k)[1])
 
 
