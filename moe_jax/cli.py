@@ -81,6 +81,23 @@ COMMANDS = {
     "moe_jax.commands.reporting:report",
     (_RUN, Flag("compare", FlagKind.FOLDERS, "another run to set beside it; repeatable", ())),
   ),
+  "conventions": Command(
+    "list the conventions of all router presets, or what sets two of them apart",
+    "moe_jax.commands.conventions:conventions",
+    (
+      Flag("diff", FlagKind.PAIR, "two presets to compare, also written --diff A B", None),
+      Flag("sample", FlagKind.INTEGER, "seed of the random logits that both route", 0),
+    ),
+  ),
+  "audit": Command(
+    "change later tokens of a model or router, report what leaks into earlier ones",
+    "moe_jax.commands.audit:audit",
+    (
+      Flag("config", FlagKind.CONFIG, "config file of a model, with a variant if it has any", None),
+      Flag("preset", FlagKind.TEXT, "a router preset instead of a model", None),
+      Flag("seed", FlagKind.INTEGER, "seed of parameters and tokens", 0),
+    ),
+  ),
 }
 
 
@@ -144,7 +161,7 @@ def _command_help(name: str) -> str:
     rest += " [--config.FIELD=VALUE ...]"
     rows.append(("--config.FIELD=VALUE", "set one field, for example --config.moe.top_k=1"))
   return (
-    f"usage: {_PROGRAM} {name} {' '.join(needed)}{rest}\n\n"
+    f"usage: {' '.join([_PROGRAM, name, *needed])}{rest}\n\n"
     f"{command.help[0].upper()}{command.help[1:]}.\n\n"
     f"flags:\n{_aligned(rows)}"
   )
