@@ -126,8 +126,8 @@ def table(view: SelectView, config: RoutingConfig) -> TokenChoice:
 
 
 def _consecutive(first_GS: jax.Array, config: RoutingConfig) -> TokenChoice:
-  offset_K = jnp.arange(config.top_k, dtype=jnp.int32)
-  return ask((first_GS[..., None] + offset_K) % config.num_experts)
+  offset_11K = jnp.arange(config.top_k, dtype=jnp.int32)[None, None]
+  return ask((first_GS[..., None] + offset_11K) % config.num_experts)
 
 
 def mix_bits(value: jax.Array) -> jax.Array:
