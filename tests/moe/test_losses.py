@@ -95,7 +95,9 @@ def test_sequences_that_cancel_are_balanced_in_the_group_alone():
 
 
 def test_microbatches_with_the_load_of_the_step_average_to_its_loss():
-  probs = np.asarray(jax.nn.softmax(jnp.asarray(draw_logits(0, (2, S, E)))))
+  # The two microbatches lean to different experts.
+  logits = draw_logits(0, (2, S, E)) + np.array([[[2, 1, 0, 0]], [[0, 0, 1, 2]]], np.float32)
+  probs = np.asarray(jax.nn.softmax(jnp.asarray(logits)))
   experts = np.argsort(-probs, axis=-1)[..., :K]
   fields = {"balance_scope": "global_batch", "balance_fraction": "all_choices"}
   whole = balance(probs, experts, **fields)
@@ -106,7 +108,7 @@ def test_microbatches_with_the_load_of_the_step_average_to_its_loss():
   assert np.mean(parts) == pytest.approx(whole, rel=1e-6)
   # The load of each microbatch alone costs more: they do not cancel.
   alone = [balance(probs[g : g + 1], experts[g : g + 1], **fields) for g in range(2)]
-  assert np.mean(alone) > whole * 1.01
+  assert np.mean(alone) > whole * 1.1
 
 
 @pytest.mark.parametrize("scope", SCOPES)
