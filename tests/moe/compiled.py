@@ -32,3 +32,9 @@ def routed(
   mask = np.ones(logits.shape[:2], bool) if mask is None else mask
   key = jax.random.key(0) if key is None else key
   return compiled_route(config, train)(logits, mask, key, more)
+
+
+@functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+def tensors(plan: RoutingPlan):
+  """Returns the dispatch mask and the combine weights of a plan, (G, S, E, C)."""
+  return plan.dispatch_mask(), plan.combine_weights()
