@@ -55,6 +55,7 @@ def get_config(variant: str = "moe") -> config_dict.ConfigDict:
       activation="relu",
       expert_dropout=0.0,
       router_jitter=0.0,
+      router_init="normal",
       dispatch="gather",
       **to_mapping(preset("switch", num_experts=8)),
     )
@@ -73,6 +74,7 @@ def get_config(variant: str = "moe") -> config_dict.ConfigDict:
   )
   config.eval = dict(every=500, batch_size=0)
   config.checkpoint = dict(every=500, keep=2)
+  config.repair = dict(every=0, threshold=0.1, init="copy", noise=0.01)
   config.log = dict(every=10, tensorboard=False)
   config.sample = dict(prompt="The President", max_new_tokens=400, temperature=0.7)
   curve = "experiments/quickstart/dense_baseline.json" if variant == "moe" else ""

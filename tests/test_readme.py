@@ -8,6 +8,8 @@ from fast_compilation import compile_fast  # noqa: F401
 from training import tiny
 
 from moe_jax.cli import main
+from moe_jax.errors import UserError
+from moe_jax.moe import RoutingConfig
 
 README = (tiny.ROOT / "README.md").read_text()
 MAKEFILE = (tiny.ROOT / "Makefile").read_text()
@@ -72,3 +74,16 @@ def test_linked_files_exist():
 def test_no_placeholder_is_left():
   for path in (tiny.ROOT / "README.md", tiny.ROOT / "experiments/quickstart/README.md"):
     assert "RESULTS" not in path.read_text()
+
+
+REFUSED = re.search(r"sense are refused.*?\n\n(.*?)\n\n", README, flags=re.S)[1].splitlines()[2:]
+
+
+@pytest.mark.parametrize("row", REFUSED)
+def test_combinations_of_the_table_are_refused(row):
+  fields = dict(pair.split("=") for pair in row.split("`")[1].split(", "))
+  fields = {name: int(v) if v.isdigit() else v for name, v in fields.items()}
+  fields = {name: float(v) if name.endswith("weight") else v for name, v in fields.items()}
+  RoutingConfig(num_experts=4, top_k=2)
+  with pytest.raises(UserError):
+    RoutingConfig(**{"num_experts": 4, "top_k": 2, **fields})

@@ -22,9 +22,12 @@ from moe_jax.moe import (
   RoutingConfig,
   Weighting,
 )
+from moe_jax.moe.dispatch import RaggedRows, TokenSums
+from moe_jax.moe.grouped import grouped_experts
 
 LIMIT_DENSE = "limit_dense"
 LIMIT_BATCHED = "limit_batched"
+NO_EXPERTS = "ragged, no experts"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +47,17 @@ def _swiglu(hidden_dim: int) -> FeedForwardConfig:
   return FeedForwardConfig(hidden_dim, gated=True, activation=Activation.SILU)
 
 
-_GROUPS = (4096, 512, 256)
+_GROUPS = (4096, 256)
 SHAPES = {
-  "mixtral": Shape(4096, 512, 8, 2, _swiglu(1024), _GROUPS, (1.25, 2.0)),
+  "mixtral": Shape(4096, 512, 8, 2, _swiglu(1024), _GROUPS, (1.25,)),
   "fine_grained": Shape(4096, 512, 64, 6, _swiglu(176), _GROUPS, (1.25,)),
   "switch": Shape(4096, 512, 128, 1, FeedForwardConfig(2048), _GROUPS, (1.25,)),
+  # For an accelerator: the widths of Mixtral 8x7B and of a fine-grained model with 64 experts.
+  "mixtral_8x7b": Shape(16384, 4096, 8, 2, _swiglu(14336), (256,), (1.25,)),
+  "fine_grained_64x6": Shape(16384, 2048, 64, 6, _swiglu(1408), (256,), (1.25,)),
 }
+CPU_SHAPES = ("mixtral", "fine_grained", "switch")
+ACCELERATOR_SHAPES = ("mixtral_8x7b", "fine_grained_64x6")
 TINY = Shape(64, 16, 4, 2, _swiglu(32), (64, 16), (1.25,))
 
 
@@ -100,12 +108,15 @@ class Case:
 def make_cases(shape: Shape, forms: Sequence[Dispatch], dtype: jnp.dtype) -> list[Case]:
   """Returns the two limits and every form, at each group size and capacity factor it has.
 
-  All forms share one set of weights, float32 as in training, and compute in `dtype`.
+  After `ragged`, which comes last, stands the same layer without its experts' products. All forms
+  share one set of weights, float32 as in training, and compute in `dtype`.
   """
   x = jax.random.normal(jax.random.key(0), (1, shape.tokens, shape.model_dim), dtype)
   routings = [(form, routing) for form in forms for routing in _routings(shape, form)]
   weights = nnx.state(_layer(shape, *routings[0]))
   layers = [_layer_case(shape, form, routing, weights, x) for form, routing in routings]
+  if routings[-1][0] == Dispatch.RAGGED:
+    layers.append(_layer_case(shape, *routings[-1], weights, x, NO_EXPERTS))
   return [_limit(shape, LIMIT_DENSE, 1, dtype), _limit(shape, LIMIT_BATCHED, None, dtype)] + layers
 
 
@@ -140,17 +151,35 @@ def _layer(shape: Shape, form: Dispatch, routing: RoutingConfig) -> MoELayer:
 
 
 def _layer_case(
-  shape: Shape, form: Dispatch, routing: RoutingConfig, weights: nnx.State, x: jax.Array
+  shape: Shape,
+  form: Dispatch,
+  routing: RoutingConfig,
+  weights: nnx.State,
+  x: jax.Array,
+  name: str | None = None,
 ) -> Case:
   graph = nnx.graphdef(nnx.eval_shape(lambda: _layer(shape, form, routing)))
 
   def apply(weights, x):
-    y, aux = nnx.merge(graph, weights)(x, train=True)
+    layer = nnx.merge(graph, weights)
+    if name == NO_EXPERTS:
+      layer.experts = _moved_rows
+    y, aux = layer(x, train=True)
     return y, aux.plan.losses | aux.plan.metrics
 
   capped = routing.overflow == Overflow.DROP
   factor = routing.capacity_factor if capped else None
-  return Case(form, routing.group_size, factor, weights, x, apply)
+  return Case(name or form, routing.group_size, factor, weights, x, apply)
+
+
+def _moved_rows(rows: RaggedRows, key: jax.Array | None = None) -> TokenSums:
+  """Stands for experts without products: rows are looked up, weighed and summed."""
+
+  def network(x, scale, weights, key, product):
+    return (x.astype(jnp.float32) * scale[:, None]).astype(x.dtype)
+
+  args = (rows.x, rows.weight, rows.moves, rows.rows_per_expert, {})
+  return TokenSums(grouped_experts(network, *args))
 
 
 def _limit(shape: Shape, form: str, experts: int | None, dtype: jnp.dtype) -> Case:

@@ -15,10 +15,13 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from experiments.benchmarks import timing
+from experiments.benchmarks import hugging_face, timing
 from experiments.benchmarks.cases import (
+  ACCELERATOR_SHAPES,
+  CPU_SHAPES,
   LIMIT_BATCHED,
   LIMIT_DENSE,
+  NO_EXPERTS,
   SHAPES,
   TINY,
   Case,
@@ -49,14 +52,16 @@ def main(argv: list[str] | None = None) -> None:
     rows = measure(name, shape, args)
     report["shapes"][name] = rows
     print(f"\n{_title(name, shape, rows)}\n{_HEADER}")
-    print("\n".join(_row(row) for row in rows), flush=True)
+    print("\n".join(_row(row) for row in rows))
+    print("\n".join(_notes(shape, rows)), flush=True)
   if args.json:
     args.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def measure(name: str, shape: Shape, args: argparse.Namespace) -> list[dict]:
   """Returns one record a case: what it is, its seconds a round, temporary bytes and ratios."""
-  cases = make_cases(shape, args.forms, jnp.dtype(args.dtype))
+  dtype = jnp.dtype(args.dtype)
+  cases = make_cases(shape, args.forms, dtype)
   programs, records = [], []
   for index, case in enumerate(cases):
     _progress(f"{name}: compiling {index + 1}/{len(cases)}, {case.label}")
@@ -64,10 +69,12 @@ def measure(name: str, shape: Shape, args: argparse.Namespace) -> list[dict]:
       timing.compile_program(fn, case.weights, case.x) for fn in (case.forward, case.backward)
     ]
     records.append(_describe(case, *programs[-2:]))
-  rounds = [_rounds(case, args.rounds) for case in cases for _ in ("forward", "backward")]
+  if hugging_face.why_not(shape) is None:
+    programs += hugging_face.make_programs(shape, dtype)
+    records.append(_blank(hugging_face.LABEL, *programs[-2:]))
   seconds = timing.time_interleaved(
     programs,
-    rounds,
+    [rounds for record in records for rounds in [_rounds(record, args.rounds)] * 2],
     args.clock,
     on_round=lambda index: _progress(f"{name}: round {index + 1}/{args.rounds}"),
   )
@@ -78,16 +85,26 @@ def measure(name: str, shape: Shape, args: argparse.Namespace) -> list[dict]:
   return records
 
 
+def _blank(label: str, forward: timing.Program, backward: timing.Program) -> dict:
+  """Returns the record of something that has no form, groups or capacity of ours."""
+  return {
+    "label": label,
+    "form": label,
+    "group_size": None,
+    "capacity_factor": None,
+    "dropped_fraction": 0.0,
+    "forward_temp_bytes": forward.temp_bytes,
+    "backward_temp_bytes": backward.temp_bytes,
+  }
+
+
 def _describe(case: Case, forward: timing.Program, backward: timing.Program) -> dict:
   _, scalars = forward.run(*forward.args)
-  return {
-    "label": case.label,
+  return _blank(case.label, forward, backward) | {
     "form": case.form,
     "group_size": case.group_size,
     "capacity_factor": case.capacity_factor,
     "dropped_fraction": float(scalars.get("dropped_fraction", 0.0)),
-    "forward_temp_bytes": forward.temp_bytes,
-    "backward_temp_bytes": backward.temp_bytes,
   }
 
 
@@ -103,8 +120,8 @@ def _ratios(record: dict, records: list[dict]) -> dict[str, tuple[float, float]]
   }
 
 
-def _rounds(case: Case, rounds: int) -> int:
-  slow = case.form == Dispatch.EINSUM and case.group_size >= _SLOW_GROUP
+def _rounds(record: dict, rounds: int) -> int:
+  slow = record["form"] == Dispatch.EINSUM and record["group_size"] >= _SLOW_GROUP
   return min(rounds, _SLOW_ROUNDS) if slow else rounds
 
 
@@ -120,12 +137,33 @@ def _title(name: str, shape: Shape, rows: list[dict]) -> str:
 
 def _row(row: dict) -> str:
   forward, backward, batched = row["ratios"].values()
-  mib = [row[f"{pass_}_temp_bytes"] / 2**20 for pass_ in ("forward", "backward")]
   return (
     f"{row['label']:24}{forward[0]:7.2f}{forward[1]:8.2f}{backward[0]:7.2f}{backward[1]:8.2f}"
-    f"{batched[0]:9.2f}{batched[1]:10.2f}{mib[0]:7.0f}{mib[1]:8.0f}"
-    f"{100 * row['dropped_fraction']:8.1f}"
+    f"{batched[0]:9.2f}{batched[1]:10.2f}{_mib(row['forward_temp_bytes']):>7}"
+    f"{_mib(row['backward_temp_bytes']):>8}{100 * row['dropped_fraction']:8.1f}"
   )
+
+
+def _mib(num_bytes: int | None) -> str:
+  return "-" if num_bytes is None else f"{num_bytes / 2**20:.0f}"
+
+
+def _notes(shape: Shape, rows: list[dict]) -> list[str]:
+  """Returns what stands below a table: the share of all but the experts, and what is missing."""
+  by_form = {row["form"]: row for row in rows}
+  notes = []
+  if NO_EXPERTS in by_form:
+    shares = [
+      100 * timing.ratio(*(by_form[form][f"{pass_}_seconds"] for form in (NO_EXPERTS, "ragged")))[0]
+      for pass_ in ("forward", "backward")
+    ]
+    notes.append(
+      "router, dispatch and combine in ragged: {:.0f} % of forward, {:.0f} % of fwd+bwd".format(
+        *shares
+      )
+    )
+  missing = hugging_face.why_not(shape)
+  return notes + ([f"no row for {hugging_face.LABEL}: {missing}"] if missing else [])
 
 
 def _environment() -> dict[str, str]:
@@ -142,13 +180,14 @@ def _progress(text: str) -> None:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
+  on_cpu = jax.default_backend() == "cpu"
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument(
     "--shapes",
     type=_names(tuple(SHAPES)),
-    default=list(SHAPES),
+    default=list(CPU_SHAPES if on_cpu else ACCELERATOR_SHAPES),
     metavar="A,B",
-    help=f"which of {', '.join(SHAPES)} (default: all)",
+    help=f"which of {', '.join(SHAPES)} (default: those for this platform)",
   )
   parser.add_argument(
     "--forms",
@@ -157,7 +196,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     metavar="A,B",
     help=f"which of {', '.join(Dispatch)} (default: all)",
   )
-  parser.add_argument("--rounds", type=_positive, default=5, help="interleaved rounds (default: 5)")
+  parser.add_argument(
+    "--rounds", type=_positive, default=20, help="interleaved rounds (default: 20)"
+  )
   parser.add_argument(
     "--clock",
     type=timing.Clock,
@@ -168,8 +209,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
   parser.add_argument(
     "--dtype",
     choices=("float32", "bfloat16"),
-    default="float32",
-    help="of activations (default: float32)",
+    default="float32" if on_cpu else "bfloat16",
+    help="of activations (default: float32 on a CPU, bfloat16 elsewhere)",
   )
   parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the raw figures")
   parser.add_argument(

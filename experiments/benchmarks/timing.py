@@ -24,12 +24,13 @@ _NOW = {Clock.WALL: time.perf_counter, Clock.PROCESS: time.process_time}
 class Program:
   """A compiled function, ready to be timed.
 
-  temp_bytes: temporary memory of one call beyond arguments and results, as XLA planned it.
+  temp_bytes: temporary memory of one call beyond arguments and results, as XLA planned it; None
+    where no compiler says.
   """
 
   run: Callable[..., Any]
   args: tuple[Any, ...]
-  temp_bytes: int
+  temp_bytes: int | None
 
 
 def compile_program(fn: Callable[..., Any], *args: Any) -> Program:

@@ -33,7 +33,7 @@ def train(args: SimpleNamespace) -> None:
   with claim_run(workdir, mapping):
     if not (workdir / SUMMARY_FILE).exists():
       state, wall_seconds = run_steps(config, data, workdir)
-      summary = summarize(config, data, state.params, workdir)
+      summary = summarize(config, data, state.model, workdir)
       write_json(workdir / SUMMARY_FILE, {**summary, "wall_seconds": wall_seconds})
     summary = json.loads((workdir / SUMMARY_FILE).read_text())
     print(_results(summary, workdir, write_report(workdir)))

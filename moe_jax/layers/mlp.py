@@ -2,8 +2,10 @@
 
 import dataclasses
 import enum
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.choices import as_choice
@@ -58,13 +60,35 @@ class FeedForwardConfig:
 
 
 def feed_forward(
-  x: jax.Array, weights: dict[str, jax.Array], key: jax.Array | None, config: FeedForwardConfig
+  x: jax.Array,
+  weights: dict[str, jax.Array],
+  key: jax.Array | None,
+  config: FeedForwardConfig,
+  *,
+  scale: jax.Array | None = None,
+  product: Callable[[jax.Array, jax.Array], jax.Array] = jnp.matmul,
 ) -> jax.Array:
-  """Applies one network to x (..., D); `weights` has `up`, `down` and, if gated, `gate`."""
+  """Applies one network to x (..., D); `weights` has `up`, `down` and, if gated, `gate`.
+
+  Args:
+    x: (..., D), any float dtype; products are in it.
+    weights: the matrices, or whatever `product` takes for them.
+    key: turns dropout on.
+    config: the network.
+    scale: (...) float32 factors of the results. They multiply the hidden activations, which the
+      last product maps linearly: the derivative by `scale` then needs no product of its own.
+    product: multiplies rows by a matrix.
+  """
   w = {name: value.astype(x.dtype) for name, value in weights.items()}
   act = _ACTIVATIONS[config.activation]
-  hidden = act(x @ w["gate"]) * (x @ w["up"]) if config.gated else act(x @ w["up"])
-  return dropout(hidden, config.dropout, key) @ w["down"]
+  if config.gated:
+    hidden = act(product(x, w["gate"])) * product(x, w["up"])
+  else:
+    hidden = act(product(x, w["up"]))
+  hidden = dropout(hidden, config.dropout, key)
+  if scale is not None:
+    hidden = (hidden.astype(jnp.float32) * scale[..., None]).astype(x.dtype)
+  return product(hidden, w["down"])
 
 
 def feed_forward_weights(

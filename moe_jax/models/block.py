@@ -8,7 +8,7 @@ from moe_jax.layers.dropout import dropout, split_key
 from moe_jax.layers.mlp import FeedForward
 from moe_jax.layers.norms import RMSNorm
 from moe_jax.models.config import ModelConfig
-from moe_jax.moe.layer import MoEAux, MoELayer, TokenInfo
+from moe_jax.moe.layer import MoEAux, MoELayer, RouterInputs, TokenInfo
 
 
 def _attention(config: ModelConfig, key: jax.Array) -> Attention:
@@ -46,6 +46,11 @@ class Block(nnx.Module):
     self.feed_forward_norm = RMSNorm(config.model_dim, config.norm_epsilon)
     self.feed_forward = _FEED_FORWARDS[feed_forward](config, ff_key)
 
+  @property
+  def has_experts(self) -> bool:
+    """Whether the feed-forward is a MoE layer."""
+    return isinstance(self.feed_forward, MoELayer)
+
   def __call__(
     self,
     x: jax.Array,
@@ -53,29 +58,34 @@ class Block(nnx.Module):
     tokens: TokenInfo,
     cache: KVCache | None,
     *,
+    inputs: RouterInputs,
     key: jax.Array | None,
     train: bool,
   ) -> tuple[jax.Array, KVCache | None, MoEAux | None]:
     """Maps x (B, L, D) to x, the new cache, and the router's record if there are experts."""
-    first, second, cache, aux = self.branches(x, context, tokens, cache, key=key, train=train)
+    first, second, cache, aux = self.branches(
+      x, context, tokens, cache, inputs=inputs, key=key, train=train
+    )
     return x + first + second, cache, aux
 
   def branches(
-    self, x, context, tokens, cache, *, key, train
+    self, x, context, tokens, cache, *, inputs, key, train
   ) -> tuple[jax.Array, jax.Array, KVCache | None, MoEAux | None]:
     """Returns what the mixer and the feed-forward add to x, each (B, L, D); see `__call__`."""
     mixer_key, ff_key, drop_key = split_key(key, 3)
     first, cache = self.mixer(self.mixer_norm(x), context, cache, key=mixer_key)
-    second, aux = self._feed_forward(self.feed_forward_norm(x + first), tokens, ff_key, train)
+    normed = self.feed_forward_norm(x + first)
+    second, aux = self._feed_forward(normed, tokens, inputs, ff_key, train)
     return first, dropout(second, self.dropout_rate, drop_key), cache, aux
 
-  def _feed_forward(self, x, tokens, key, train):
-    if isinstance(self.feed_forward, MoELayer):
+  def _feed_forward(self, x, tokens, inputs, key, train):
+    if self.has_experts:
       return self.feed_forward(
         x,
         token_mask=tokens.mask,
         token_ids=tokens.ids,
         segment_ids=tokens.segment_ids,
+        inputs=inputs,
         key=key,
         train=train,
       )

@@ -116,6 +116,8 @@ class ModelConfig:
         f"segments = {self.segments} and depth = {self.depth} contradict each other: blocks such"
         " as 'attention:dense:depth' need a depth section, and a depth section such blocks"
       )
+    if self.moe is not None:
+      self.moe.check_width(self.model_dim)
     # JSON gives lists, and a config must be hashable: it is part of what is compiled.
     object.__setattr__(self, "segments", tuple(map(tuple, self.segments)))
 

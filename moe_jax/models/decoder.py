@@ -15,7 +15,7 @@ from moe_jax.layers.rotary import RotaryTable, rotary_table
 from moe_jax.models.config import DEPTH, ModelConfig
 from moe_jax.models.depths import DepthAux, DepthCache
 from moe_jax.models.stack import ScannedSegment, SegmentCache
-from moe_jax.moe.layer import TokenInfo
+from moe_jax.moe.layer import RouterInputs, TokenInfo
 from moe_jax.moe.plan import DensePlan, RoutingPlan
 
 
@@ -86,6 +86,7 @@ class Decoder(nnx.Module):
     token_mask: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     positions: jax.Array | None = None,
+    router_inputs: RouterInputs = RouterInputs(),  # noqa: B008 (immutable)
     return_aux: bool = False,
     train: bool = False,
     key: jax.Array | None = None,
@@ -97,6 +98,8 @@ class Decoder(nnx.Module):
       token_mask: (B, L) bool, True = real token; None = all real.
       segment_ids: (B, L) int32 of packed documents; attention stays inside a segment.
       positions: (B, L) int32; None counts the real tokens of each row.
+      router_inputs: what single routers are given, see `RouterInputs`; a leading axis of MoE
+        layers everywhere.
       return_aux: also return the routers' record.
       train: training capacity, dropout, jitter and random selection.
       key: random key for training, needed if the config draws random numbers.
@@ -110,6 +113,7 @@ class Decoder(nnx.Module):
     """
     _check_tokens(tokens, token_mask, segment_ids, positions)
     self._check_key(train, key)
+    self._check_router_inputs(router_inputs)
     if token_mask is None:
       token_mask = jnp.ones(tokens.shape, bool)
     if positions is None:
@@ -121,7 +125,8 @@ class Decoder(nnx.Module):
       mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
     context = AttentionContext(self._rotary(positions), mask)
     info = TokenInfo(token_mask, tokens, segment_ids)
-    x, _, records = self._run(info, context, None, key=key if train else None, train=train)
+    key = key if train else None
+    x, _, records = self._run(info, context, None, inputs=router_inputs, key=key, train=train)
     logits = self._logits(x)
     return (logits, self._aux(records)) if return_aux else logits
 
@@ -155,7 +160,9 @@ class Decoder(nnx.Module):
     )
     context = AttentionContext(self._rotary(positions), mask, cache.index)
     info = TokenInfo(token_mask, tokens)
-    x, segments, _ = self._run(info, context, cache.segments, key=None, train=False)
+    x, segments, _ = self._run(
+      info, context, cache.segments, inputs=RouterInputs(), key=None, train=False
+    )
     index = cache.index + tokens.shape[1]
     # An update beyond the last slot would silently overwrite earlier ones.
     x = jnp.where(index <= slots_mask.shape[1], x, jnp.nan)
@@ -175,7 +182,7 @@ class Decoder(nnx.Module):
     ]
     return DecoderCache(segments, jnp.zeros((batch_size, num_slots), bool), jnp.int32(0))
 
-  def _run(self, tokens: TokenInfo, context, caches, *, key, train):
+  def _run(self, tokens: TokenInfo, context, caches, *, inputs, key, train):
     embed_key, *keys = split_key(key, 1 + len(self.segments))
     # An id outside the vocabulary must not pass for a word; what padding holds does not matter.
     ids = jnp.where(tokens.mask, tokens.ids, 0)
@@ -187,9 +194,12 @@ class Decoder(nnx.Module):
     )
     x = dropout(x, self.config.dropout, embed_key)
     caches = [None] * len(self.segments) if caches is None else caches
-    new_caches, records = [], []
+    new_caches, records, first = [], [], 0
     for segment, cache, segment_key in zip(self.segments, caches, keys, strict=True):
-      x, cache, aux = segment(x, context, tokens, cache, key=segment_key, train=train)
+      mine = slice(first, first + segment.num_moe_layers)
+      own = jax.tree.map(lambda a, mine=mine: a[mine], inputs)
+      first += segment.num_moe_layers
+      x, cache, aux = segment(x, context, tokens, cache, inputs=own, key=segment_key, train=train)
       new_caches.append(cache)
       records.extend(aux)
     return x, new_caches, records
@@ -224,6 +234,15 @@ class Decoder(nnx.Module):
       raise UserError(
         "training this model draws random numbers: key = None was given, a jax.random.key is needed"
       )
+
+  def _check_router_inputs(self, inputs: RouterInputs) -> None:
+    layers = len(self.config.moe_layers())
+    for name, value in vars(inputs).items():
+      if value is not None and value.shape[:1] != (layers,):
+        raise UserError(
+          f"router_inputs.{name} has shape {value.shape}; expected a leading axis of {layers}, the"
+          " number of MoE layers"
+        )
 
 
 def _mean(layers: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:

@@ -18,7 +18,7 @@ from moe_jax.layers.parameters import parameter
 from moe_jax.models.block import Block
 from moe_jax.models.config import ModelConfig
 from moe_jax.models.depth_config import DepthScore
-from moe_jax.moe.layer import MoEAux, TokenInfo
+from moe_jax.moe.layer import MoEAux, RouterInputs, TokenInfo
 
 
 @jax.tree_util.register_dataclass
@@ -66,6 +66,11 @@ class DepthBlock(nnx.Module):
     D = config.model_dim
     self.router = parameter(router_key, (D,), ("embed",), fan_in=D, scale=config.init_scale)
 
+  @property
+  def has_experts(self) -> bool:
+    """Whether the feed-forward is a MoE layer."""
+    return self.block.has_experts
+
   def __call__(
     self,
     x: jax.Array,
@@ -73,6 +78,7 @@ class DepthBlock(nnx.Module):
     tokens: TokenInfo,
     cache: DepthCache | None,
     *,
+    inputs: RouterInputs,
     key: jax.Array | None,
     train: bool,
   ) -> tuple[jax.Array, DepthCache | None, DepthAux]:
@@ -86,25 +92,27 @@ class DepthBlock(nnx.Module):
     weight_BL = jax.nn.sigmoid(logits_BL) if self.config.score == DepthScore.SIGMOID else logits_BL
     if train:
       taken_BL = best_BL
-      x, moe = self._run_best(x, weight_BL, index_BC, among_BC, context, tokens, key)
+      x, moe = self._run_best(x, weight_BL, (index_BC, among_BC), context, tokens, inputs, key)
     else:
       taken_BL = (logits_BL > 0) & tokens.mask
-      x, cache, moe = self._run_all(x, weight_BL, taken_BL, context, tokens, cache)
+      x, cache, moe = self._run_all(x, weight_BL, taken_BL, context, tokens, cache, inputs)
     loss, metrics = _summaries(logits_BL, best_BL, taken_BL, tokens.mask)
     return x, cache, DepthAux(logits_BL, taken_BL, loss, metrics, moe)
 
-  def _run_best(self, x, weight_BL, index_BC, among_BC, context, tokens, key):
-    """Runs the block on the tokens at `index` alone."""
+  def _run_best(self, x, weight_BL, best, context, tokens, inputs, key):
+    """Runs the block on the best tokens alone, see `best_tokens`."""
+    index_BC, among_BC = best
     info = jax.tree.map(lambda a: _gather(a, index_BC), tokens)
     info = dataclasses.replace(info, mask=among_BC)
+    part, context = _gather(x, index_BC), _among(context, index_BC)
     first, second, _, moe = self.block.branches(
-      _gather(x, index_BC), _among(context, index_BC), info, None, key=key, train=True
+      part, context, info, None, inputs=inputs, key=key, train=True
     )
     change = _scaled(first + second, _gather(weight_BL, index_BC), among_BC)
     rows = jnp.arange(x.shape[0])[:, None]
     return x.at[rows, index_BC].add(change, unique_indices=True), moe
 
-  def _run_all(self, x, weight_BL, taken_BL, context, tokens, cache):
+  def _run_all(self, x, weight_BL, taken_BL, context, tokens, cache, inputs):
     """Runs the block on every token, with the taken ones as keys, and keeps the taken."""
     keys_BM, start = taken_BL, 0
     if cache is not None:
@@ -118,6 +126,7 @@ class DepthBlock(nnx.Module):
       dataclasses.replace(context, mask=visible),
       dataclasses.replace(tokens, mask=taken_BL),
       None if cache is None else cache.attention,
+      inputs=inputs,
       key=None,
       train=False,
     )

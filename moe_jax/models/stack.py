@@ -9,7 +9,7 @@ from moe_jax.layers.attention import AttentionContext, KVCache
 from moe_jax.models.block import Block
 from moe_jax.models.config import ModelConfig, Remat, Segment
 from moe_jax.models.depths import DepthAux, DepthBlock, DepthCache
-from moe_jax.moe.layer import MoEAux, TokenInfo
+from moe_jax.moe.layer import MoEAux, RouterInputs, TokenInfo
 
 # One cache a block of the pattern, each stacked over the repeats; None without a cache.
 SegmentCache = tuple[KVCache | DepthCache | None, ...] | None
@@ -40,6 +40,7 @@ class ScannedSegment(nnx.Module):
     state = jax.vmap(lambda key: nnx.split(pattern(key))[1])(jax.random.split(key, segment.repeats))
     self.blocks = nnx.merge(graphdef, _name_layer_axis(state))
     self.repeats = segment.repeats
+    self.num_moe_layers = segment.repeats * sum(block.has_experts for block in self.blocks)
 
   def __call__(
     self,
@@ -48,23 +49,28 @@ class ScannedSegment(nnx.Module):
     tokens: TokenInfo,
     cache: SegmentCache,
     *,
+    inputs: RouterInputs,
     key: jax.Array | None,
     train: bool,
   ) -> tuple[jax.Array, SegmentCache, list[MoEAux | DepthAux]]:
-    """Runs the segment; returns x, the new cache and a record a MoE or depth block, in order."""
+    """Runs the segment; returns x, the new cache and a record a MoE or depth block, in order.
+
+    `inputs` has a leading axis of the segment's MoE layers.
+    """
     graphdef, state = nnx.split(self.blocks)
     keys = None if key is None else jax.random.split(key, self.repeats)
 
+    by_repeat = jax.tree.map(lambda a: a.reshape(self.repeats, -1, *a.shape[1:]), inputs)
+
     def body(x, per_repeat):
-      state, cache, key = per_repeat
-      return _run_pattern(
-        nnx.merge(graphdef, state), x, context, tokens, cache, key=key, train=train
-      )
+      state, cache, inputs, key = per_repeat
+      blocks = nnx.merge(graphdef, state)
+      return _run_pattern(blocks, x, context, tokens, cache, inputs=inputs, key=key, train=train)
 
     if self.remat != Remat.NONE:
       body = jax.checkpoint(body, policy=_REMAT_POLICIES[self.remat])
-    x, (cache, aux) = jax.lax.scan(body, x, (state, cache, keys), unroll=self.unroll)
-    records = [record for i in range(self.repeats) for record in _take_repeat(aux, i)]
+    x, (cache, aux) = jax.lax.scan(body, x, (state, cache, by_repeat, keys), unroll=self.unroll)
+    records = [record for i in range(self.repeats) for record in _take(aux, i)]
     return x, cache, records
 
 
@@ -72,18 +78,22 @@ def _make_block(config: ModelConfig, kind: tuple[str, ...], key: jax.Array) -> B
   return (DepthBlock if kind[2:] else Block)(config, kind, key=key)
 
 
-def _run_pattern(blocks, x, context, tokens, cache, *, key, train):
+def _run_pattern(blocks, x, context, tokens, cache, *, inputs, key, train):
   keys = [None] * len(blocks) if key is None else jax.random.split(key, len(blocks))
   caches = (None,) * len(blocks) if cache is None else cache
-  new_caches, records = [], []
+  new_caches, records, moe_layers = [], [], 0
   for block, block_cache, block_key in zip(blocks, caches, keys, strict=True):
-    x, new_cache, aux = block(x, context, tokens, block_cache, key=block_key, train=train)
+    own = _take(inputs, moe_layers) if block.has_experts else RouterInputs()
+    moe_layers += block.has_experts
+    x, new_cache, aux = block(
+      x, context, tokens, block_cache, inputs=own, key=block_key, train=train
+    )
     new_caches.append(new_cache)
     records.extend([] if aux is None else [aux])
   return x, (None if cache is None else tuple(new_caches), records)
 
 
-def _take_repeat(stacked: Any, i: int) -> Any:
+def _take(stacked: Any, i: int) -> Any:
   return jax.tree.map(lambda a: a[i], stacked)
 
 

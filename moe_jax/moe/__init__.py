@@ -5,7 +5,7 @@ from moe_jax.moe import assignment, selection, soft, sparsemixer  # noqa: F401
 from moe_jax.moe.capacity import expert_capacity
 from moe_jax.moe.config import RoutingConfig
 from moe_jax.moe.dispatch import Dispatch, get_dispatcher
-from moe_jax.moe.layer import MoEAux, MoEConfig, MoELayer, SharedCombine
+from moe_jax.moe.layer import MoEAux, MoEConfig, MoELayer, RouterInputs, SharedCombine
 from moe_jax.moe.options import (
   BalanceFraction,
   BalanceScope,
@@ -63,6 +63,7 @@ __all__ = [
   "Overflow",
   "Priority",
   "Rounding",
+  "RouterInputs",
   "RoutingConfig",
   "RoutingPlan",
   "Score",

@@ -36,10 +36,21 @@ def expert_capacity(config: RoutingConfig, num_tokens: int, *, train: bool) -> i
   if config.capacity is not None:
     return min(config.capacity, num_tokens)
   factor = config.capacity_factor if train else config.eval_capacity_factor
-  asked = num_tokens
-  if config.capacity_convention == CapacityConvention.PER_ASSIGNMENT:
-    asked *= config.top_k
-  exact = fractions.Fraction(str(factor)) * asked / config.num_experts
-  slots = max(_ROUND[config.capacity_rounding](exact), config.min_capacity)
+  slots = max(
+    _asked_slots(fractions.Fraction(str(factor)), num_tokens, config), config.min_capacity
+  )
   slots = -(-slots // config.capacity_multiple) * config.capacity_multiple
   return min(slots, num_tokens)
+
+
+def _asked_slots(factor: fractions.Fraction, num_tokens: int, config: RoutingConfig) -> int:
+  """Returns the slots that the factor asks for, rounded by the config's rule."""
+  per_token = config.capacity_convention == CapacityConvention.PER_TOKEN
+  choices, E = 1 if per_token else config.top_k, config.num_experts
+  match config.capacity_rounding:
+    case Rounding.FLOOR_OF_CEILED_ASSIGNMENTS:
+      return math.floor(factor * -(-choices * num_tokens // E))
+    case Rounding.FLOOR_OF_CEILED_TOKENS:
+      return choices * math.floor(factor * -(-num_tokens // E))
+    case rounding:
+      return _ROUND[rounding](factor * choices * num_tokens / E)

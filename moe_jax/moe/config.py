@@ -75,7 +75,7 @@ class RoutingConfig:
       of the losses in `moe_jax.moe.losses`.
     adaptive_target, adaptive_factor: when a target is set, the coefficient of the balance loss is
       multiplied by adaptive_factor after a step in which the mean number of experts per token
-      (`positive`) or the max violation (all others) exceeds it, and divided otherwise (ReMoE,
+      (`positive`) or the max violation (all others) exceeds it, and divided below it (ReMoE,
       arXiv 2412.14711 Eq. 9).
   """
 
@@ -257,6 +257,10 @@ def _check_selection(config: RoutingConfig) -> None:
     _require(config, "overflow", config.overflow != Overflow.REROUTE, wanted)
     wanted = f"0 with {name}, which does not rank experts"
     _require(config, "num_null_experts", not config.num_null_experts, wanted)
+  if config.bias_update == BiasUpdate.QUANTILE:
+    plain = config.num_expert_groups == 1 and config.top_k < config.num_logits
+    wanted = "sign or magnitude with num_expert_groups > 1 or with every expert selected"
+    _require(config, "bias_update", plain, wanted)
   if config.num_null_experts:
     wanted = "drop or dropless with null experts, which never overflow"
     _require(config, "overflow", config.overflow != Overflow.REROUTE, wanted)
@@ -299,11 +303,11 @@ def _check_weights(config: RoutingConfig) -> None:
       fits = (Weighting.RAW, Weighting.HARD, Weighting.STRAIGHT_THROUGH)
     wanted = f"{' or '.join(fits)} with selection = {config.selection}"
     _require(config, "weighting", config.weighting in fits, wanted)
-  mixed = config.weighting == Weighting.SPARSEMIXER
-  if mixed != (config.selection == "sparsemixer"):
-    other = "with selection = sparsemixer, and only with it"
-    wanted = f"sparsemixer {other}"
-    _require(config, "weighting", False, wanted)
+  own = config.selection == "sparsemixer"
+  wanted = "sparsemixer with selection = sparsemixer, which makes its own weights"
+  if not own:
+    wanted = "another one, or selection = sparsemixer, which makes these weights"
+  _require(config, "weighting", own == (config.weighting == Weighting.SPARSEMIXER), wanted)
 
 
 def _check_losses(config: RoutingConfig) -> None:

@@ -1,11 +1,15 @@
 """The experts: E feed-forward networks with stacked weights, applied to dispatched rows."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.layers.mlp import FeedForwardConfig, feed_forward, feed_forward_weights
-from moe_jax.moe.dispatch import ExpertRows, RaggedRows, SlottedRows
-from moe_jax.moe.grouped import block_rows, grouped_apply
+from moe_jax.moe.dispatch import ExpertResults, ExpertRows, SlottedRows, TokenSums
+from moe_jax.moe.grouped import GroupedKernel, grouped_experts
+from moe_jax.moe.options import WeightOn
 
 
 class Experts(nnx.Module):
@@ -19,32 +23,49 @@ class Experts(nnx.Module):
     *,
     key: jax.Array,
     scale: float,
+    kernel: GroupedKernel = GroupedKernel.AUTO,
   ):
     self.config = config
+    self.kernel = kernel
     self.weights = nnx.Dict(feed_forward_weights(key, model_dim, config, scale, num_experts))
 
-  def __call__(self, rows: ExpertRows, *, key: jax.Array | None = None) -> ExpertRows:
-    """Applies each expert to its rows; the layout stays. `key` turns dropout on."""
+  def __call__(self, rows: ExpertRows, *, key: jax.Array | None = None) -> ExpertResults:
+    """Applies each expert to its rows. `key` turns dropout on."""
     weights = {name: value[...] for name, value in self.weights.items()}
-    num_experts = weights["up"].shape[0]
-    keys = None if key is None else jax.random.split(key, num_experts)
     with jax.named_scope("experts"):
-      return apply_experts(rows, weights, keys, self.config)
+      return apply_experts(rows, weights, key, self.config, self.kernel)
 
 
 def apply_experts(
   rows: ExpertRows,
   weights: dict[str, jax.Array],
-  keys: jax.Array | None,
+  key: jax.Array | None,
   config: FeedForwardConfig,
-) -> ExpertRows:
-  """Applies the expert networks as a function of arrays; `weights` have a leading axis E."""
+  kernel: GroupedKernel = GroupedKernel.AUTO,
+) -> ExpertResults:
+  """Applies the expert networks as a function of arrays; `weights` have a leading axis E.
 
-  def network(x, w, key):
-    return feed_forward(x, w, key, config)
-
+  Rows in slots come back in their slots, for combine to weigh; ragged rows come back as each
+  token's weighted sum, see `moe_jax.moe.grouped`.
+  """
   if isinstance(rows, SlottedRows):
-    return SlottedRows(jax.vmap(network)(rows.rows, weights, keys))
-  block = block_rows(rows.rows.shape[0], rows.rows_per_expert.shape[0])
-  out = grouped_apply(network, block, rows.rows, rows.rows_per_expert, weights, keys)
-  return RaggedRows(out, rows.rows_per_expert, rows.position)
+    keys = None if key is None else jax.random.split(key, rows.rows.shape[0])
+    apply = jax.vmap(functools.partial(feed_forward, config=config))
+    return SlottedRows(apply(rows.rows, weights, keys))
+
+  def network(x, scale, w, key, product):
+    if rows.weight_on == WeightOn.INPUT:
+      x, scale = (x.astype(jnp.float32) * scale[:, None]).astype(x.dtype), None
+    return feed_forward(x, w, key, config, scale=scale, product=product)
+
+  sums = grouped_experts(
+    network,
+    rows.x,
+    rows.weight,
+    rows.moves,
+    rows.rows_per_expert,
+    weights,
+    key=key,
+    kernel=kernel,
+  )
+  return TokenSums(sums)

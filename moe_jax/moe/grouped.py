@@ -1,134 +1,109 @@
-"""Grouped products without a capacity buffer: one function applied to each expert's own rows.
+"""Dropless experts: every expert applied to its own rows, without a capacity buffer.
 
-`jax.lax.ragged_dot` lowers on CPU to a masked product over all experts (E times the work and the
-memory), and its weight gradient does so on most accelerators. Here a scan over experts runs a loop
-over blocks of that expert's rows with a dynamic trip count, so the work follows the load. Such a
-loop has no automatic reverse mode; the custom derivative below recomputes each block.
+One function, `grouped_experts`, and one implementation for each platform. All of them compute the
+active FLOPs alone, in both directions. `jax.lax.ragged_dot` is none of them: on CPU it lowers to a
+masked product over all experts, E times the work and the memory, and on accelerators its weight
+gradient does so.
 """
 
+import enum
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 
-# fn(rows (M, D), weights of one expert, key or None) -> rows (M, D')
-RowFunction = Callable[[jax.Array, Any, jax.Array | None], jax.Array]
+from moe_jax.choices import as_choice
+from moe_jax.moe.kernels.blocked import block_rows, blocked_experts
+from moe_jax.moe.kernels.megablox import Megablox
+from moe_jax.moe.kernels.products import grouped_dot
+from moe_jax.moe.kernels.triton import Triton
+from moe_jax.moe.moves import Moves, collect, look_up, spread
+
+# product(rows (M, D), weight) -> (M, D'); the weight is one expert's, or that of all experts.
+Product = Callable[[jax.Array, jax.Array], jax.Array]
+# network(rows (M, D), scale (M,) float32, weights, key or None, product) -> scaled rows (M, D)
+Network = Callable[[jax.Array, jax.Array, Any, jax.Array | None, Product], jax.Array]
 
 
-def block_rows(num_rows: int, num_experts: int) -> int:
-  """Returns rows per block: a quarter of the mean load, a power of two between 32 and 256.
+class GroupedKernel(enum.StrEnum):
+  """Which program runs the experts of ragged dispatch: the same result, for one platform each."""
 
-  A larger block wastes work on an expert's last, partly filled block; a smaller one makes thin
-  products and reads the expert's weights more often.
-  """
-  quarter = max(1, num_rows // (4 * num_experts))
-  return min(256, max(32, 1 << (quarter.bit_length() - 1)))
+  AUTO = "auto"  # the one for the default platform of the process
+  BLOCKED = "blocked"  # loops over blocks of rows: CPU, and slow but correct anywhere
+  MEGABLOX = "megablox"  # JAX's Pallas kernels for TPU (MegaBlocks, arXiv 2211.15841)
+  TRITON = "triton"  # Pallas kernels for GPU
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def grouped_apply(
-  fn: RowFunction, block: int, rows: jax.Array, rows_per_expert: jax.Array, weights: Any, keys: Any
+_BY_PLATFORM = {
+  "cpu": GroupedKernel.BLOCKED,
+  "tpu": GroupedKernel.MEGABLOX,
+  "gpu": GroupedKernel.TRITON,
+}
+_KERNELS = {GroupedKernel.MEGABLOX: Megablox(), GroupedKernel.TRITON: Triton()}
+
+
+def grouped_experts(
+  network: Network,
+  x: jax.Array,
+  weight: jax.Array,
+  moves: Moves,
+  rows_per_expert: jax.Array,
+  weights: Any,
+  *,
+  key: jax.Array | None = None,
+  kernel: GroupedKernel = GroupedKernel.AUTO,
 ) -> jax.Array:
-  """Applies `fn` to consecutive groups of rows, group e with `weights[e]`.
+  """Sums, for every token, its experts' outputs times their combine weights.
 
   Args:
-    fn: maps rows of one expert to rows of the same width, each row on its own.
-    block: rows handled at a time, see `block_rows`; all rows if there are fewer.
-    rows: (N, D), sorted by expert.
-    rows_per_expert: (E,) int32, sums to at most N.
-    weights: a pytree of floating arrays whose leaves have a leading axis E.
-    keys: (E,) random keys for `fn`, or None.
+    network: one expert as a function of rows, each on its own, without biases. It multiplies by
+      weights only through `product`, and its result by `scale`. `blocked` calls it with the
+      weights of one expert, the other kernels once with those of all.
+    x: (T, D) tokens.
+    weight: (N,) the combine weight of each assignment, used in float32.
+    moves: which of R rows, sorted by expert, each assignment sits in.
+    rows_per_expert: (E,) int32, sums to at most R; no assignment sits in a row beyond the sum.
+    weights: a pytree of (E, ...) arrays.
+    key: random key for dropout; kernels draw different masks from one key.
+    kernel: see `GroupedKernel`.
 
   Returns:
-    (N, D); rows beyond the last group are zeros. Gradients: an expert without rows gets exactly 0;
-    weight gradients accumulate in float32 whatever the dtype of rows and weights.
+    (T, D) in the dtype of x, summed in float32. A token without a row gets zeros. Gradients: an
+    expert without rows gets exactly 0; weight gradients accumulate in float32.
+
+  Raises:
+    UserError: an unknown kernel.
   """
-  return _forward(fn, block, rows, rows_per_expert, weights, keys)
+  kernel = resolve_kernel(kernel)
+  if kernel == GroupedKernel.BLOCKED:
+    num_experts = rows_per_expert.shape[0]
+    keys = None if key is None else jax.random.split(key, num_experts)
+    block = block_rows(moves.assignment.size, num_experts)
+    return blocked_experts(network, block, x, weight, moves, rows_per_expert, weights, keys)
+
+  def product(rows, weights):
+    return grouped_dot(_KERNELS[kernel], rows, weights, rows_per_expert)
+
+  scale = look_up(weight.astype(jnp.float32), moves.assignment)
+  out = network(spread(x, moves), scale, weights, key, product)
+  return collect(out, jnp.ones(moves.row.shape, jnp.float32), moves)
 
 
-def _forward(fn, block, rows, rows_per_expert, weights, keys):
-  block = min(block, rows.shape[0])
+def resolve_kernel(kernel: GroupedKernel) -> GroupedKernel:
+  """Returns the kernel itself, or for `auto` that of the default platform.
 
-  def expert(out, per_expert):
-    start, size, w, key = per_expert
-
-    def step(i, out):
-      at, mine = _block(start, size, i, block, rows.shape[0])
-      y = fn(_read(rows, at, block), w, _block_key(key, i))
-      return _write(out, y, at, mine)
-
-    return jax.lax.fori_loop(0, _num_blocks(size, block), step, out), None
-
-  out, _ = jax.lax.scan(expert, jnp.zeros_like(rows), _per_expert(rows_per_expert, weights, keys))
-  return out
-
-
-def _save(fn, block, rows, rows_per_expert, weights, keys):
-  out = _forward(fn, block, rows, rows_per_expert, weights, keys)
-  return out, (rows, rows_per_expert, weights, keys)
-
-
-def _backward(fn, block, saved, dout):
-  rows, rows_per_expert, weights, keys = saved
-  block = min(block, rows.shape[0])
-
-  def expert(drows, per_expert):
-    start, size, w, key = per_expert
-
-    def step(i, carry):
-      drows, dw = carry
-      at, mine = _block(start, size, i, block, rows.shape[0])
-      # Another expert's rows too are cleared: 0 * inf would put a NaN into this one's gradient.
-      x = jnp.where(mine, _read(rows, at, block), 0)
-      dy = jnp.where(mine, _read(dout, at, block), 0)
-      _, vjp = jax.vjp(lambda x, w: fn(x, w, _block_key(key, i)), x, w)
-      dx, dw_block = vjp(dy)
-      dw = jax.tree.map(lambda total, part: total + part.astype(jnp.float32), dw, dw_block)
-      return _write(drows, dx, at, mine), dw
-
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), w)
-    drows, dw = jax.lax.fori_loop(0, _num_blocks(size, block), step, (drows, zeros))
-    return drows, jax.tree.map(lambda total, a: total.astype(a.dtype), dw, w)
-
-  per_expert = _per_expert(rows_per_expert, weights, keys)
-  drows, dweights = jax.lax.scan(expert, jnp.zeros_like(rows), per_expert)
-  return drows, None, dweights, None
-
-
-grouped_apply.defvjp(_save, _backward)
-
-
-def _per_expert(rows_per_expert, weights, keys):
-  starts = jnp.cumsum(rows_per_expert) - rows_per_expert
-  return starts, rows_per_expert, weights, keys
-
-
-def _num_blocks(size, block: int):
-  return (size + block - 1) // block
-
-
-def _block(start, size, i, block: int, num_rows: int):
-  """Returns where block i of a group starts, and which of its rows (block, 1) are its own.
-
-  The last block of all groups is moved up to end with the rows, which saves a padded copy of them;
-  what it then shares with the block before, or with another expert, is not its own.
+  A program compiled ahead of time for another platform than the default one has to name its kernel.
   """
-  first = start + i * block
-  at = jnp.minimum(first, num_rows - block)
-  index = at + jnp.arange(block)
-  return at, ((index >= first) & (index < start + size))[:, None]
+  kernel = as_choice(GroupedKernel, "grouped_kernel", kernel)
+  return _of_platform(jax.default_backend()) if kernel == GroupedKernel.AUTO else kernel
 
 
-def _read(rows, at, block: int):
-  return jax.lax.dynamic_slice_in_dim(rows, at, block)
-
-
-def _write(rows, values, at, mine):
-  kept = jnp.where(mine, values.astype(rows.dtype), _read(rows, at, mine.shape[0]))
-  return jax.lax.dynamic_update_slice_in_dim(rows, kept, at, axis=0)
-
-
-def _block_key(key, i):
-  return None if key is None else jax.random.fold_in(key, i)
+@functools.cache
+def _of_platform(platform: str) -> GroupedKernel:
+  """Returns the platform's kernel and, as results are cached, logs it once a process."""
+  kernel = _BY_PLATFORM.get(platform, GroupedKernel.BLOCKED)
+  logging.info("grouped_kernel = auto: using %s on platform %s", kernel, platform)
+  return kernel

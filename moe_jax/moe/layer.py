@@ -15,11 +15,12 @@ from moe_jax.layers.parameters import parameter
 from moe_jax.moe.config import RoutingConfig
 from moe_jax.moe.dispatch import Dispatch, get_dispatcher
 from moe_jax.moe.experts import Experts
+from moe_jax.moe.grouped import GroupedKernel
 from moe_jax.moe.groups import from_groups, to_groups
 from moe_jax.moe.losses import loss_weights
 from moe_jax.moe.plan import DensePlan, RoutingPlan
 from moe_jax.moe.registry import Chooser
-from moe_jax.moe.router import Router
+from moe_jax.moe.router import Router, RouterInit
 from moe_jax.moe.routing import route
 
 
@@ -44,7 +45,9 @@ class MoEConfig:
       for none. n shared experts of width F are one network of width n * F.
     shared_combine: how the shared experts' output is added.
     router_jitter: multiplicative noise on the router's input in training.
+    router_init: how the router's columns stand to each other at first.
     dispatch: how tokens travel; changes speed and memory, not results.
+    grouped_kernel: what runs the experts of `ragged` dispatch; it belongs to that form alone.
   """
 
   routing: RoutingConfig = dataclasses.field(metadata={"flatten": True})
@@ -55,11 +58,24 @@ class MoEConfig:
   shared_hidden_dim: int = 0
   shared_combine: SharedCombine = SharedCombine.ADD
   router_jitter: float = 0.0
+  router_init: RouterInit = RouterInit.NORMAL
   dispatch: Dispatch = Dispatch.GATHER
+  grouped_kernel: GroupedKernel = GroupedKernel.AUTO
 
   def __post_init__(self):
-    for name, kind in (("dispatch", Dispatch), ("shared_combine", SharedCombine)):
+    choices = {
+      "dispatch": Dispatch,
+      "shared_combine": SharedCombine,
+      "router_init": RouterInit,
+      "grouped_kernel": GroupedKernel,
+    }
+    for name, kind in choices.items():
       object.__setattr__(self, name, as_choice(kind, name, getattr(self, name)))
+    if self.grouped_kernel != GroupedKernel.AUTO and self.dispatch != Dispatch.RAGGED:
+      raise UserError(
+        f"grouped_kernel = {self.grouped_kernel} with dispatch = {self.dispatch} would not be"
+        " used: set dispatch = ragged, or grouped_kernel = auto"
+      )
     for name in ("expert_dropout", "router_jitter"):
       if not 0.0 <= getattr(self, name) < 1.0:
         raise UserError(f"{name} = {getattr(self, name)} is refused: it must be in [0, 1)")
@@ -74,6 +90,19 @@ class MoEConfig:
         " slots mix all tokens; use dispatch = einsum"
       )
     self.feed_forward()
+
+  def check_width(self, model_dim: int) -> None:
+    """Refuses a model width that has no room for orthogonal router columns.
+
+    Raises:
+      UserError: `router_init = orthogonal` with more logits than dimensions.
+    """
+    logits = self.routing.num_logits
+    if self.router_init == RouterInit.ORTHOGONAL and model_dim < logits:
+      raise UserError(
+        f"router_init = orthogonal needs model_dim of at least {logits}, one dimension for each"
+        f" router logit; model_dim = {model_dim}: use router_init = normal"
+      )
 
   def feed_forward(self) -> FeedForwardConfig:
     """Returns the config of one expert."""
@@ -107,6 +136,21 @@ class TokenInfo:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class RouterInputs:
+  """What a caller gives single routers. A model's has a leading axis of MoE layers everywhere.
+
+  Attributes:
+    global_load: (E,) float32, the load fractions of the whole optimiser step, see
+      `moe_jax.moe.losses.load_balance_loss`; None for those of the call.
+    expert_ids: (B, L, K) int32, the experts that `selection = replay` forces; None without.
+  """
+
+  global_load: jax.Array | None = None
+  expert_ids: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class MoEAux:
   """What a layer decided.
 
@@ -129,10 +173,16 @@ class MoELayer(nnx.Module):
   """
 
   def __init__(self, model_dim: int, config: MoEConfig, *, key: jax.Array, init_scale: float = 1.0):
+    config.check_width(model_dim)
     router_key, experts_key = jax.random.split(key)
     self.config = config
     self.router = Router(
-      model_dim, config.routing, key=router_key, scale=init_scale, jitter=config.router_jitter
+      model_dim,
+      config.routing,
+      key=router_key,
+      scale=init_scale,
+      jitter=config.router_jitter,
+      init=config.router_init,
     )
     self.experts = Experts(
       model_dim,
@@ -140,6 +190,7 @@ class MoELayer(nnx.Module):
       config.feed_forward(),
       key=experts_key,
       scale=init_scale,
+      kernel=config.grouped_kernel,
     )
     if config.shared_hidden_dim:
       self.shared = SharedExperts(
@@ -153,7 +204,7 @@ class MoELayer(nnx.Module):
     token_mask: jax.Array | None = None,
     token_ids: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
-    global_load: jax.Array | None = None,
+    inputs: RouterInputs = RouterInputs(),  # noqa: B008 (immutable)
     key: jax.Array | None = None,
     train: bool = False,
   ) -> tuple[jax.Array, MoEAux]:
@@ -162,7 +213,7 @@ class MoELayer(nnx.Module):
     Args:
       x: (B, L, D) activations, any float dtype.
       token_mask, token_ids, segment_ids: see `TokenInfo`.
-      global_load: (E,), see `moe_jax.moe.losses.load_balance_loss`.
+      inputs: see `RouterInputs`.
       key: random key for training.
       train: picks capacity factor, jitter, dropout and random selection.
 
@@ -180,15 +231,14 @@ class MoELayer(nnx.Module):
     jitter_key, select_key, dropout_key, shared_key = split_key(key if train else None, 4)
     mask = _checked_mask(x, token_mask)
     logits, noise_std = self.router(x, key=jitter_key)
-    plan = self._route(
-      logits, noise_std, TokenInfo(mask, token_ids, segment_ids), global_load, select_key, train
-    )
+    tokens = TokenInfo(mask, token_ids, segment_ids)
+    plan = self._route(logits, noise_std, tokens, inputs, select_key, train)
     y = self._apply_experts(x, plan, dropout_key)
     if self.config.shared_hidden_dim:
       y = jnp.where(mask[..., None], self.shared(x, y, key=shared_key), 0)
     return y, MoEAux(logits, plan, self._weighted(plan.losses))
 
-  def _route(self, logits, noise_std, tokens: TokenInfo, global_load, key, train):
+  def _route(self, logits, noise_std, tokens: TokenInfo, inputs: RouterInputs, key, train):
     config = self.config.routing
     rows = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
     ids = 0 if tokens.segment_ids is None else tokens.segment_ids
@@ -206,7 +256,8 @@ class MoELayer(nnx.Module):
       segment_ids=group(segments),
       noise_scale=group(noise_std),
       bias=self.router.bias[...] if hasattr(self.router, "bias") else None,
-      global_load=global_load,
+      expert_ids=group(inputs.expert_ids),
+      global_load=inputs.global_load,
       key=key,
       train=train,
     )

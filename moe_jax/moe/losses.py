@@ -77,6 +77,18 @@ def load_balance_loss(
   return config.num_experts * jnp.sum(f * P) / jnp.maximum(jnp.sum(count > 0), 1)
 
 
+def balance_fraction(
+  counted_GSE: jax.Array, mask_GS: jax.Array, config: RoutingConfig
+) -> jax.Array:
+  """Returns f (E,) float32 of all tokens of the call, as `load_balance_loss` counts it."""
+  f = jnp.sum(counted_GSE, axis=(0, 1)) / jnp.maximum(
+    jnp.sum(_counted(mask_GS, config.loss_padding)), 1.0
+  )
+  if config.balance_fraction == BalanceFraction.ALL_CHOICES_MEAN:
+    f = f / config.top_k
+  return jax.lax.stop_gradient(f)
+
+
 def router_z_loss(logits_GSE: jax.Array, mask_GS: jax.Array, padding: LossPadding) -> jax.Array:
   """Returns the mean of logsumexp(logits)^2 over tokens (ST-MoE, arXiv 2202.08906 Eq. 5).
 

@@ -50,7 +50,7 @@ def routing_metrics(
   """
   G, S, E = probs_GSE.shape
   count_E = jnp.sum(asked_GSE, axis=(0, 1))
-  asked, kept, real = jnp.sum(count_E), jnp.sum(kept_GSE), jnp.sum(mask_GS)
+  asked, kept, real = jnp.sum(asked_GSE), jnp.sum(kept_GSE), jnp.sum(mask_GS)
   load_E = count_E / jnp.maximum(asked, 1.0)
   alone_GS = mask_GS & ~jnp.any(kept_GSE > 0, axis=-1)
   lost_GS = alone_GS & jnp.any(asked_GSE > 0, axis=-1)

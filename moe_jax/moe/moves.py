@@ -41,20 +41,40 @@ class Moves:
 def make_moves(plan: RoutingPlan, row_GN: jax.Array, num_rows: int) -> Moves:
   """Returns the moves that put assignment n of group g into `row_GN[g, n]`."""
   G, N = plan.token.shape
-  token = plan.token + plan.num_tokens * jnp.arange(G, dtype=jnp.int32)[:, None]
   row = jnp.where(plan.valid, row_GN, num_rows).reshape(-1)
   assignment = (
     jnp.full((num_rows,), G * N, jnp.int32)
     .at[row]
     .set(jnp.arange(G * N, dtype=jnp.int32), mode="drop")
   )
-  return Moves(token.reshape(-1), row, assignment, G * plan.num_tokens, plan.top_k)
+  return Moves(_global_tokens(plan), row, assignment, G * plan.num_tokens, plan.top_k)
+
+
+def make_sorted_moves(plan: RoutingPlan, order: jax.Array) -> Moves:
+  """Returns the moves into rows sorted by expert.
+
+  `order` (G*N,) int32 names the assignment of each row, those without a slot last.
+  """
+  row = jnp.arange(order.size, dtype=jnp.int32)
+  valid = plan.valid.reshape(-1)
+  assignment = jnp.where(row < jnp.sum(valid), order, order.size)
+  inverse = jnp.zeros_like(row).at[order].set(row, unique_indices=True)
+  num_tokens = plan.token.shape[0] * plan.num_tokens
+  return Moves(
+    _global_tokens(plan), jnp.where(valid, inverse, order.size), assignment, num_tokens, plan.top_k
+  )
+
+
+def _global_tokens(plan: RoutingPlan) -> jax.Array:
+  """Returns (G*N,) int32: the token of each assignment, counted over all groups."""
+  groups = jnp.arange(plan.token.shape[0], dtype=jnp.int32)[:, None]
+  return (plan.token + plan.num_tokens * groups).reshape(-1)
 
 
 @jax.custom_vjp
 def spread(x: jax.Array, moves: Moves) -> jax.Array:
   """Returns rows (R, D) of tokens x (T, D); an empty row is zeros."""
-  return _look_up(x, _look_up(moves.token, moves.assignment, moves.num_tokens))
+  return look_up(x, look_up(moves.token, moves.assignment, moves.num_tokens))
 
 
 def _save_spread(x, moves):
@@ -75,13 +95,13 @@ def collect(rows: jax.Array, weight: jax.Array, moves: Moves) -> jax.Array:
   The result has the dtype of `rows`. An assignment without a row adds nothing.
   """
   if moves.top_k is None:
-    weighted = _look_up(rows, moves.row).astype(jnp.float32) * weight[:, None]
+    weighted = look_up(rows, moves.row).astype(jnp.float32) * weight[:, None]
     y = jnp.zeros((moves.num_tokens, rows.shape[1]), jnp.float32).at[moves.token].add(weighted)
   else:
     row_TK, weight_TK = (a.reshape(moves.num_tokens, -1) for a in (moves.row, weight))
     # One lookup a choice, rather than one of (T, K, D), lets XLA fuse them into a single sum.
     y = sum(
-      _look_up(rows, row_TK[:, k]).astype(jnp.float32) * weight_TK[:, k, None]
+      look_up(rows, row_TK[:, k]).astype(jnp.float32) * weight_TK[:, k, None]
       for k in range(moves.top_k)
     )
   return y.astype(rows.dtype)
@@ -93,16 +113,11 @@ def _save_collect(rows, weight, moves):
 
 def _backward_collect(saved, dy):
   rows, weight, moves = saved
-  drows = spread(dy, moves).astype(jnp.float32) * _look_up(weight, moves.assignment)[:, None]
+  drows = spread(dy, moves).astype(jnp.float32) * look_up(weight, moves.assignment)[:, None]
   return drows.astype(rows.dtype), _products(rows, dy, moves), None
 
 
 collect.defvjp(_save_collect, _backward_collect)
-
-
-def row_weights(weight_GN: jax.Array, moves: Moves) -> jax.Array:
-  """Returns (R, 1): the weight of the assignment in each row, 0 where a row is empty."""
-  return _look_up(weight_GN.reshape(-1), moves.assignment)[:, None]
 
 
 def _products(rows, dy, moves):
@@ -110,7 +125,7 @@ def _products(rows, dy, moves):
 
   def product(token_and_row):
     token, row = token_and_row
-    return jnp.sum(_look_up(rows, row).astype(jnp.float32) * dy[token].astype(jnp.float32), -1)
+    return jnp.sum(look_up(rows, row).astype(jnp.float32) * dy[token].astype(jnp.float32), -1)
 
   # In turns of one choice a token: all N looked-up rows at once would be one more buffer.
   def by_choice(a):
@@ -120,5 +135,6 @@ def _products(rows, dy, moves):
   return products.T.reshape(-1)
 
 
-def _look_up(values: jax.Array, index: jax.Array, fill: int = 0) -> jax.Array:
+def look_up(values: jax.Array, index: jax.Array, fill: int = 0) -> jax.Array:
+  """Returns values[index], and `fill` where the index lies beyond the values."""
   return values.at[index].get(mode="fill", fill_value=fill)

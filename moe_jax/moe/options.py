@@ -84,6 +84,10 @@ class Rounding(enum.StrEnum):
   CEIL = "ceil"
   FLOOR = "floor"
   ROUND_HALF_EVEN = "round_half_even"  # Python's round()
+  # An expert's even share is rounded up first: floor(CF * ceil(K * S / E)) (MaxText) ...
+  FLOOR_OF_CEILED_ASSIGNMENTS = "floor_of_ceiled_assignments"
+  # ... or K * floor(CF * ceil(S / E)) (Tutel). K is left out of both under `per_token`.
+  FLOOR_OF_CEILED_TOKENS = "floor_of_ceiled_tokens"
 
 
 class Overflow(enum.StrEnum):

@@ -54,7 +54,10 @@ def place(
   if config.overflow == Overflow.REROUTE:
     ranking_GSE = jax.lax.stop_gradient(ranking_GSE)
     expert_GSK, slot_GSK = _reroute(order, expert_GSK, slot_GSK, asked_GSK, ranking_GSE, capacity)
-  return Placement(expert_GSK, slot_GSK, asked_GSK & (slot_GSK < capacity))
+  # Dropless, C is S and keeps all: without the comparison, ragged dispatch never counts the queues.
+  dropless = config.overflow == Overflow.DROPLESS
+  kept_GSK = asked_GSK if dropless else asked_GSK & (slot_GSK < capacity)
+  return Placement(expert_GSK, slot_GSK, kept_GSK)
 
 
 class _Order:

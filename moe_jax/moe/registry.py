@@ -37,6 +37,7 @@ class SelectView:
     logits: (G, S, E') float32, noise included.
     mask: (G, S) bool, True = real token.
     token_ids, segment_ids: (G, S) integers, or None.
+    expert_ids: (G, S, K) int32, the experts of a recorded run, or None.
     key: a key of its own, or None.
     capacity: C, slots per expert and group.
     train: outside training every choice is deterministic.
@@ -48,6 +49,7 @@ class SelectView:
   mask: jax.Array
   token_ids: jax.Array | None
   segment_ids: jax.Array | None
+  expert_ids: jax.Array | None
   key: jax.Array | None
   capacity: int
   train: bool
@@ -99,7 +101,7 @@ class Selector:
       them.
     ranked: whether it takes the best by `SelectView.ranking`, which re-routing goes on with, a
       selection bias shifts and expert groups limit.
-    needs_token_ids: whether it reads `SelectView.token_ids`.
+    needs_token_ids, needs_expert_ids: whether it reads `SelectView.token_ids`, `expert_ids`.
     causal: whether a token's choice never depends on a later token's logits.
   """
 
@@ -109,6 +111,7 @@ class Selector:
   learned: bool = True
   ranked: bool = False
   needs_token_ids: bool = False
+  needs_expert_ids: bool = False
   causal: bool = True
 
 

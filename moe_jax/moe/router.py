@@ -1,5 +1,7 @@
 """The router's parameters: linear maps from token to expert logits, in float32, and its state."""
 
+import enum
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,6 +9,13 @@ from flax import nnx
 from moe_jax.layers.parameters import parameter, with_axes
 from moe_jax.moe.config import RoutingConfig
 from moe_jax.moe.options import BiasUpdate, Noise
+
+
+class RouterInit(enum.StrEnum):
+  """How the columns of the router's kernel, one for each logit, stand to each other at first."""
+
+  NORMAL = "normal"  # drawn independently, truncated normal
+  ORTHOGONAL = "orthogonal"  # orthogonal to each other, of the length that `normal` has on average
 
 
 class RouterState(nnx.Variable):
@@ -17,7 +26,8 @@ class Router(nnx.Module):
   """Router logits x W in float32, matmul included, whatever the activations' dtype.
 
   `jitter` multiplies the router's input alone by uniform noise in [1 - jitter, 1 + jitter] in
-  training (Switch, arXiv 2101.03961 section 2.4).
+  training (Switch, arXiv 2101.03961 section 2.4). `init` orthogonal starts experts as far from
+  each other as the width allows; `MoEConfig.check_width` tells whether it does.
 
   Attributes:
     kernel: (D, E') parameter; E' = `config.num_logits`.
@@ -36,10 +46,15 @@ class Router(nnx.Module):
     key: jax.Array,
     scale: float,
     jitter: float = 0.0,
+    init: RouterInit = RouterInit.NORMAL,
   ):
     self.jitter = jitter
     shape, axes = (model_dim, config.num_logits), ("embed", "router")
-    self.kernel = parameter(key, shape, axes, fan_in=model_dim, scale=scale)
+    if init == RouterInit.ORTHOGONAL:
+      orthogonal = jax.nn.initializers.orthogonal(scale**0.5)
+      self.kernel = with_axes(orthogonal(key, shape, jnp.float32), axes)
+    else:
+      self.kernel = parameter(key, shape, axes, fan_in=model_dim, scale=scale)
     if config.noise == Noise.LEARNED:
       self.noise_kernel = with_axes(jnp.zeros(shape, jnp.float32), axes)
     if config.bias_update != BiasUpdate.NONE:

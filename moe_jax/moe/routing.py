@@ -5,10 +5,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moe_jax.errors import UserError
-from moe_jax.moe import capacity, losses, placement, scores, weights
+from moe_jax.moe import arguments, capacity, losses, placement, scores, weights
 from moe_jax.moe.config import RoutingConfig
-from moe_jax.moe.options import BalanceScope, Granularity, Noise, NullExpert, Priority
+from moe_jax.moe.options import Granularity, Noise, NullExpert, Priority
 from moe_jax.moe.plan import DensePlan, RoutingPlan
 from moe_jax.moe.registry import (
   Chooser,
@@ -35,6 +34,7 @@ def route(
   token_mask: jax.Array | None = None,
   token_ids: jax.Array | None = None,
   segment_ids: jax.Array | None = None,
+  expert_ids: jax.Array | None = None,
   noise_scale: jax.Array | None = None,
   bias: jax.Array | None = None,
   global_load: jax.Array | None = None,
@@ -52,8 +52,11 @@ def route(
     token_ids: (G, S) integers, for selections by token id.
     segment_ids: (G, S) integers, equal for consecutive tokens of one sequence; for
       `granularity = segment` and `balance_scope = sequence`.
+    expert_ids: (G, S, K) integers below E, the experts that `selection = replay` forces; a negative
+      id asks nobody.
     noise_scale: (G, S, E') standard deviation of the noise, for `noise = learned`.
-    bias: (E',) added to the scores for selection alone; it receives no gradient.
+    bias: (E',) added to the scores for selection alone, if that ranks experts; it receives no
+      gradient.
     global_load: (E,), see `moe_jax.moe.losses.load_balance_loss`.
     key: in training, for whatever the config draws: used as it is by a single stage that draws,
       split in the order noise, selection, placement where several do.
@@ -65,8 +68,13 @@ def route(
   Raises:
     UserError: shapes that do not fit, a missing argument, or training with a constant weight.
   """
-  mask = _checked_mask(logits, config, token_mask)
-  _check_arguments(config, mask.shape, token_ids, segment_ids, bias, key, train)
+  mask = arguments.checked_mask(logits, config, token_mask)
+  ids = {"token_ids": token_ids, "segment_ids": segment_ids, "expert_ids": expert_ids}
+  arguments.check_ids(config, mask.shape, ids)
+  arguments.check_bias(config, bias)
+  if train:
+    config.check_trainable()
+    arguments.check_key(config, key)
   with jax.named_scope("route"):
     # Whatever stands in padding, an infinity or a NaN too, must reach no sum and no gradient.
     logits = jnp.where(mask[..., None], logits.astype(jnp.float32), 0.0)
@@ -74,8 +82,7 @@ def route(
       logits = mean_of_segment(logits, mask, segment_ids)
     keys = _split_key(key if train else None, config)
     noise, std = _noise(logits, config, keys["noise"], noise_scale, mask)
-    inputs = (config, mask, bias, token_ids, segment_ids, keys["select"], train)
-    view = _view(logits + noise, *inputs)
+    view = _view(logits + noise, config, mask, bias, ids, keys["select"], train)
     call = Call(view, config, logits, std, global_load)
     chosen = config.selector.function(view, config)
     return _PLANS[config.selector.chooser](call, chosen, keys["place"])
@@ -106,14 +113,14 @@ def _noise(logits, config, key, noise_scale, mask):
   return jnp.where(mask[..., None], scores.draw_noise(logits.shape, config, key, std), 0.0), std
 
 
-def _view(logits, config, mask, bias, token_ids, segment_ids, key, train):
+def _view(logits, config, mask, bias, ids, key, train):
   """Scores the tokens, and applies to `ranking` what only selection sees."""
   score = scores.score_logits(logits, config)
-  ranking = jax.lax.stop_gradient(score if bias is None else score + bias)
+  ranking = jax.lax.stop_gradient(score if bias is None else score + bias[None, None])
   if config.num_expert_groups > 1 and config.selector.ranked:
     ranking = scores.limit_to_groups(ranking, config)
   slots = capacity.expert_capacity(config, mask.shape[1], train=train)
-  return SelectView(score, ranking, logits, mask, token_ids, segment_ids, key, slots, train)
+  return SelectView(score, ranking, logits, mask, key=key, capacity=slots, train=train, **ids)
 
 
 def _token_plan(call: Call, chosen: TokenChoice, key: jax.Array | None) -> RoutingPlan:
@@ -198,63 +205,3 @@ _PLANS = {
   Chooser.EXPERT: _expert_plan,
   Chooser.SLOT: _dense_plan,
 }
-
-
-def _checked_mask(logits, config, token_mask):
-  if logits.ndim != 3 or logits.shape[-1] != config.num_logits:
-    raise UserError(
-      f"router logits have shape {logits.shape}; expected (groups, tokens,"
-      f" {_logits_in_words(config)})"
-    )
-  shape = logits.shape[:2]
-  if token_mask is None:
-    return jnp.ones(shape, bool)
-  if token_mask.shape != shape or token_mask.dtype != bool:
-    raise UserError(
-      f"token_mask has shape {token_mask.shape} and dtype {token_mask.dtype};"
-      f" expected {shape} and bool, True = real token"
-    )
-  return token_mask
-
-
-def _logits_in_words(config):
-  if config.num_logits == config.num_experts:
-    return f"num_experts = {config.num_experts}"
-  return f"{config.num_logits} logits for num_experts = {config.num_experts}"
-
-
-def _check_arguments(config, shape, token_ids, segment_ids, bias, key, train):
-  if train:
-    config.check_trainable()
-    if config.needs_key and key is None:
-      raise UserError(
-        f"{_what_draws(config)} draws random numbers in training: key = None was given, a"
-        " jax.random.key is needed"
-      )
-  needed = {
-    "token_ids": (token_ids, config.selector.needs_token_ids, f"selection = {config.selection}"),
-    "segment_ids": (segment_ids, *_needs_segments(config)),
-  }
-  for name, (ids, needs, reader) in needed.items():
-    if ids is None and needs:
-      raise UserError(f"{reader} reads {name}: None was given, integers of shape {shape} expected")
-    if ids is not None and (ids.shape != shape or not jnp.issubdtype(ids.dtype, jnp.integer)):
-      raise UserError(
-        f"{name} has shape {ids.shape} and dtype {ids.dtype}; expected {shape} and integers"
-      )
-  if bias is not None and bias.shape != (config.num_logits,):
-    raise UserError(f"bias has shape {bias.shape}; expected ({config.num_logits},)")
-
-
-def _needs_segments(config):
-  if config.granularity == Granularity.SEGMENT:
-    return True, "granularity = segment"
-  return config.balance_scope == BalanceScope.SEQUENCE, "balance_scope = sequence"
-
-
-def _what_draws(config):
-  if config.selector.draws:
-    return f"selection = {config.selection}"
-  if config.noise != Noise.NONE:
-    return f"noise = {config.noise}"
-  return f"priority = {config.priority}"

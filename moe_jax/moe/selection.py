@@ -72,8 +72,12 @@ def random(view: SelectView, config: RoutingConfig) -> TokenChoice:
 
   Outside training the choice is a fixed function of the position in the group.
   """
-  key = view.key if view.train else jax.random.key(config.hash_seed)
-  drawn = jax.random.uniform(key, view.scores.shape)
+  if view.train:
+    drawn = jax.random.uniform(view.key, view.scores.shape)
+  else:
+    # Without the axis of groups, or a token's experts would depend on its row of the batch.
+    fixed = jax.random.uniform(jax.random.key(config.hash_seed), (1, *view.scores.shape[1:]))
+    drawn = jnp.broadcast_to(fixed, view.scores.shape)
   return ask(jax.lax.top_k(drawn, config.top_k)[1])
 
 
@@ -122,8 +126,8 @@ def table(view: SelectView, config: RoutingConfig) -> TokenChoice:
 
 
 def _consecutive(first_GS: jax.Array, config: RoutingConfig) -> TokenChoice:
-  offset_K = jnp.arange(config.top_k, dtype=jnp.int32)
-  return ask((first_GS[..., None] + offset_K) % config.num_experts)
+  offset_11K = jnp.arange(config.top_k, dtype=jnp.int32)[None, None]
+  return ask((first_GS[..., None] + offset_11K) % config.num_experts)
 
 
 def mix_bits(value: jax.Array) -> jax.Array:
@@ -131,3 +135,13 @@ def mix_bits(value: jax.Array) -> jax.Array:
   value = (value ^ (value >> 16)) * jnp.uint32(0x85EBCA6B)
   value = (value ^ (value >> 13)) * jnp.uint32(0xC2B2AE35)
   return value ^ (value >> 16)
+
+
+@register_selection("replay", needs_expert_ids=True)
+def replay(view: SelectView, config: RoutingConfig) -> TokenChoice:
+  """Forces recorded experts; a negative id asks nobody.
+
+  Weights come from the router's present scores of those experts, so that it still trains.
+  """
+  expert_GSK = view.expert_ids.astype(jnp.int32)
+  return TokenChoice(jnp.maximum(expert_GSK, 0), expert_GSK >= 0)

@@ -6,9 +6,16 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.moe import losses, scores
+from moe_jax.moe.balance import quantile_bias
 from moe_jax.moe.config import RoutingConfig
 from moe_jax.moe.metrics import routing_metrics
-from moe_jax.moe.options import BalanceFraction, BalanceSource, Importance
+from moe_jax.moe.options import (
+  BalanceFraction,
+  BalanceScope,
+  BalanceSource,
+  BiasUpdate,
+  Importance,
+)
 from moe_jax.moe.placement import Placement
 from moe_jax.moe.registry import SelectView
 
@@ -125,6 +132,16 @@ def _importance(call: Call, asks: Asks) -> jax.Array:
 
 
 def metrics_of(call: Call, asks: Asks) -> dict[str, jax.Array]:
-  """Returns the metrics of `moe_jax.moe.metrics`."""
-  view = call.view
-  return routing_metrics(call.probs, asks.asked, asks.kept, view.mask, view.capacity, call.config)
+  """Returns the metrics of `moe_jax.moe.metrics`, and what balancing over a step collects.
+
+  `balance_load` (E,): f of the call, with `balance_scope = global_batch`. `bias_target` (E,): see
+  `quantile_bias`, in training with `bias_update = quantile`.
+  """
+  view, config = call.view, call.config
+  metrics = routing_metrics(call.probs, asks.asked, asks.kept, view.mask, view.capacity, config)
+  if config.balance_scope == BalanceScope.GLOBAL_BATCH:
+    metrics["balance_load"] = losses.balance_fraction(asks.counted(config), view.mask, config)
+  if config.bias_update == BiasUpdate.QUANTILE and view.train:
+    asked = metrics["assignments"]
+    metrics["bias_target"] = quantile_bias(view.scores, view.ranking, view.mask, asked, config)
+  return metrics

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
+from flax import nnx
 
 from moe_jax.errors import UserError
 from moe_jax.training.config import CheckpointConfig
@@ -60,8 +61,10 @@ class Checkpoints:
     return restored.state, restored.data
 
 
-def restore_params(workdir: Path, template: TrainState, step: int | None = None) -> tuple[int, Any]:
-  """Returns (step, parameters) of a run's checkpoint, the latest if `step` is None.
+def restore_model(
+  workdir: Path, template: TrainState, step: int | None = None
+) -> tuple[int, nnx.State]:
+  """Returns (step, model variables) of a run's checkpoint, the latest if `step` is None.
 
   Raises:
     UserError: the run has no checkpoint, or not that one.
@@ -83,4 +86,4 @@ def restore_params(workdir: Path, template: TrainState, step: int | None = None)
     state = manager.restore(
       step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template))
     ).state
-  return step, state.params
+  return step, state.model

@@ -1,9 +1,11 @@
 """The experiment: everything a config file says, as dataclasses that validate themselves."""
 
 import dataclasses
+import enum
 import math
 from typing import Any
 
+from moe_jax.choices import as_choice
 from moe_jax.config import dataclass_from
 from moe_jax.data.config import DataConfig
 from moe_jax.data.tokenizers import get_tokenizer
@@ -11,6 +13,7 @@ from moe_jax.errors import UserError
 from moe_jax.inference.generate import check_temperature
 from moe_jax.models import ModelConfig
 from moe_jax.moe import MoEConfig, Overflow
+from moe_jax.moe.registry import Chooser
 
 
 def _at_least(config, least, *names: str) -> None:
@@ -97,6 +100,39 @@ class CheckpointConfig:
     _at_least(self, 1, "every", "keep")
 
 
+class RepairInit(enum.StrEnum):
+  """What the weights of a cold expert are replaced by."""
+
+  COPY = "copy"  # those of the layer's hottest expert, its router column and bias too, plus noise
+  FRESH = "fresh"  # new ones, drawn as at initialisation
+
+
+@dataclasses.dataclass(frozen=True)
+class RepairConfig:
+  """Periodic re-initialisation of cold experts, see `moe_jax.training.repair`.
+
+  Attributes:
+    every: optimiser steps between repairs, and the window over which loads are counted; 0 = never.
+      The last step of a run repairs nothing.
+    threshold: an expert is cold if its load in the window is below this share of the mean load.
+    init: what a cold expert becomes.
+    noise: with `copy`, the standard deviation of what is added, relative to the root mean square
+      of the copied array; without it the two experts would route and learn alike.
+  """
+
+  every: int = 0
+  threshold: float = 0.1
+  init: RepairInit = RepairInit.COPY
+  noise: float = 0.01
+
+  def __post_init__(self):
+    object.__setattr__(self, "init", as_choice(RepairInit, "init", self.init))
+    _at_least(self, 0, "every", "threshold", "noise")
+    _below(self, math.inf, "noise")
+    if self.threshold > 1:
+      raise UserError(f"threshold = {self.threshold} is refused: it must be at most 1")
+
+
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
   """Metrics: one line of metrics.jsonl every `every` steps, of that step alone.
@@ -143,8 +179,10 @@ class ExperimentConfig:
     seed: of initialisation, data order, and everything random in a step.
     steps: optimiser steps.
     batch_size: sequences an optimiser step.
-    accumulation_steps: microbatches a step; must divide batch_size. Router losses and capacity see
-      a microbatch, the language-model loss is that of the whole batch.
+    accumulation_steps: microbatches a step; must divide batch_size. Capacity and router losses see
+      a microbatch (but see `BalanceScope.GLOBAL_BATCH`); the language-model loss, the selection
+      bias and the adaptive coefficient see the whole batch.
+    repair: of experts that the router has given up.
   """
 
   model: ModelConfig
@@ -152,6 +190,7 @@ class ExperimentConfig:
   optimizer: OptimizerConfig = OptimizerConfig()
   eval: EvalConfig = EvalConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
+  repair: RepairConfig = RepairConfig()
   log: LogConfig = LogConfig()
   sample: SampleConfig = SampleConfig()
   report: ReportConfig = ReportConfig()
@@ -169,6 +208,8 @@ class ExperimentConfig:
         f"accumulation_steps = {self.accumulation_steps} does not divide batch_size"
         f" = {self.batch_size}"
       )
+    if self.repair.every:
+      self._check_repair()
     if self.model.moe is not None:
       routing = self.model.moe.routing
       routing.check_trainable()
@@ -177,6 +218,17 @@ class ExperimentConfig:
           f"moe.capacity = {routing.capacity} contradicts moe.overflow = dropless; set overflow ="
           " drop to use it, or capacity = none"
         )
+
+  def _check_repair(self) -> None:
+    refused = f"repair.every = {self.repair.every} is refused: it must be 0"
+    if self.model.moe is None:
+      raise UserError(f"{refused} for a model without experts")
+    selector = self.model.moe.routing.selector
+    if not selector.learned or selector.chooser != Chooser.TOKEN:
+      raise UserError(
+        f"{refused} with selection = {self.model.moe.routing.selection}, where no expert goes cold"
+        " because tokens have turned from it; use a selection such as top_k"
+      )
 
 
 def experiment_from(mapping: Any) -> ExperimentConfig:

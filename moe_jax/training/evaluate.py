@@ -22,7 +22,7 @@ class EvalResult:
     loss: nats per target token.
     bits_per_byte: total nats / ln 2 / bytes of held-out text. Every byte is predicted from the
       tokens before it in its record alone, so short records cost a little.
-    dropped_fraction: assignments without a slot, mean over MoE layers and real tokens.
+    dropped_fraction: assignments of all MoE layers without a slot; 0 without experts.
   """
 
   loss: float
@@ -31,7 +31,7 @@ class EvalResult:
 
 
 class Evaluator:
-  """Evaluates parameters on the whole held-out split, dropless and at the training capacity."""
+  """Evaluates `TrainState.model` on the held-out split, dropless and at the training capacity."""
 
   def __init__(self, config: ExperimentConfig, data: PreparedData):
     self._data = data
@@ -41,23 +41,23 @@ class Evaluator:
     if config.model.moe is not None:
       self._at_capacity = make_eval_step(at_training_capacity(config.model))
 
-  def dropless(self, params: nnx.State) -> EvalResult:
+  def dropless(self, model: nnx.State) -> EvalResult:
     """Evaluates with room for every token, so that the result depends on no other sequence."""
-    return self._run(self._dropless, params)
+    return self._run(self._dropless, model)
 
-  def at_training_capacity(self, params: nnx.State) -> EvalResult | None:
+  def at_training_capacity(self, model: nnx.State) -> EvalResult | None:
     """Evaluates with the drops of training; None for a model without experts."""
-    return None if self._at_capacity is None else self._run(self._at_capacity, params)
+    return None if self._at_capacity is None else self._run(self._at_capacity, model)
 
-  def _run(self, step: Callable, params: nnx.State) -> EvalResult:
+  def _run(self, step: Callable, model: nnx.State) -> EvalResult:
     batches = eval_batches(self._data.heldout, self._batch_size)
     # One host transfer at the end: the device never waits for the host in between.
-    sums = jax.device_get([step(params, batch) for batch in batches])
+    sums = jax.device_get([step(model, batch) for batch in batches])
     total = {name: math.fsum(float(s[name]) for s in sums) for name in sums[0]}
     return EvalResult(
       loss=total["nll"] / total["targets"],
       bits_per_byte=total["nll"] / math.log(2) / self._data.heldout_bytes,
-      dropped_fraction=total["dropped"] / total["tokens"],
+      dropped_fraction=total["dropped"] / max(total["asked"], 1.0),
     )
 
 

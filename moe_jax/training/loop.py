@@ -114,8 +114,9 @@ def _restore_or_init(config, optimizer, checkpoints, batches, identity):
   """Returns (state, steps done, seconds they took)."""
   step = checkpoints.latest_step()
   if step is None:
-    return init_state(config.model, optimizer, config.seed), 0, 0.0
-  state, place = checkpoints.restore(step, abstract_state(config.model, optimizer))
+    return init_state(config.model, optimizer, config.seed, config.repair), 0, 0.0
+  template = abstract_state(config.model, optimizer, config.repair)
+  state, place = checkpoints.restore(step, template)
   restore_state(batches, place["stream"], identity)
   return state, step, place["wall_seconds"]
 
@@ -131,9 +132,9 @@ def _check_finite(step: int, metrics: Mapping[str, Any]) -> None:
 
 
 def _evaluate(evaluator: Evaluator, state: TrainState) -> dict[str, float]:
-  dropless = evaluator.dropless(state.params)
+  dropless = evaluator.dropless(state.model)
   row = {"eval_loss": dropless.loss, "eval_bits_per_byte": dropless.bits_per_byte}
-  if at_capacity := evaluator.at_training_capacity(state.params):
+  if at_capacity := evaluator.at_training_capacity(state.model):
     row["eval_loss_at_capacity"] = at_capacity.loss
     row["eval_dropped_fraction_at_capacity"] = at_capacity.dropped_fraction
   return row

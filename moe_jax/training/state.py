@@ -1,4 +1,4 @@
-"""What a training step changes: parameters, optimiser state, step number. No hidden randomness."""
+"""What a training step changes: parameters, router and optimiser state. No hidden randomness."""
 
 import dataclasses
 import enum
@@ -11,6 +11,10 @@ import optax
 from flax import nnx
 
 from moe_jax.models import Decoder, ModelConfig
+from moe_jax.moe.router import RouterState
+from moe_jax.training.config import RepairConfig
+
+NO_REPAIR = RepairConfig()
 
 
 class Stream(enum.IntEnum):
@@ -22,6 +26,7 @@ class Stream(enum.IntEnum):
 
   STEP = 2**31
   SAMPLE = 2**31 + 1
+  REPAIR = 2**31 + 2
 
 
 def stream_key(seed: int, stream: Stream) -> jax.Array:
@@ -31,22 +36,47 @@ def stream_key(seed: int, stream: Stream) -> jax.Array:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class RepairState:
+  """What the repair of cold experts remembers between steps.
+
+  Attributes:
+    load: (MoE layers, E) float32, assignments that asked for each expert since the last repair.
+    repaired: int32 scalar, experts repaired since the first step.
+  """
+
+  load: jax.Array
+  repaired: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TrainState:
   """The state of a run; every random number of a step is a function of (seed, step).
 
   Attributes:
     step: int32 scalar, optimiser steps done.
-    params: the model's parameters, float32.
+    params: the model's parameters, float32: what has a gradient.
+    router_state: the model's `RouterState` variables, which rules update (`moe_jax.moe.balance`);
+      empty for most routers. No gradient, no optimiser state, no weight decay, no part in the norm
+      that clipping reads.
     opt_state: the optimiser's state.
+    repair: None unless cold experts are repaired.
   """
 
   step: jax.Array
   params: nnx.State
+  router_state: nnx.State
   opt_state: Any
+  repair: RepairState | None
+
+  @property
+  def model(self) -> nnx.State:
+    """All of the model's variables; with `model_graph` they make it whole."""
+    return nnx.merge_state(self.params, self.router_state)
 
 
 def model_graph(config: ModelConfig) -> nnx.GraphDef:
-  """Returns the model without its parameters; `nnx.merge(graph, params)` makes it whole.
+  """Returns the model without its variables; `nnx.merge(graph, state.model)` makes it whole.
 
   Configs that differ in routing, dispatch or dropout share parameters, so one set of weights runs
   under several graphs: training capacity, dropless, ...
@@ -55,21 +85,33 @@ def model_graph(config: ModelConfig) -> nnx.GraphDef:
 
 
 def init_state(
-  config: ModelConfig, optimizer: optax.GradientTransformation, seed: int
+  config: ModelConfig,
+  optimizer: optax.GradientTransformation,
+  seed: int,
+  repair: RepairConfig = NO_REPAIR,
 ) -> TrainState:
   """Returns the state before the first step."""
-  init = functools.partial(_initial, config, optimizer, seed)
+  init = functools.partial(_initial, config, optimizer, seed, repair)
   return jax.jit(init, compiler_options=_init_compiler_options())()
 
 
-def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation) -> TrainState:
+def abstract_state(
+  config: ModelConfig,
+  optimizer: optax.GradientTransformation,
+  repair: RepairConfig = NO_REPAIR,
+) -> TrainState:
   """Returns the shapes and dtypes of the state, without making it: what a restore needs."""
-  return jax.eval_shape(functools.partial(_initial, config, optimizer, 0))
+  return jax.eval_shape(functools.partial(_initial, config, optimizer, 0, repair))
 
 
-def _initial(config, optimizer, seed) -> TrainState:
-  params = nnx.split(Decoder(config, key=jax.random.key(seed)))[1]
-  return TrainState(jnp.int32(0), params, optimizer.init(params))
+def _initial(config, optimizer, seed, repair) -> TrainState:
+  model = Decoder(config, key=jax.random.key(seed))
+  _, params, router_state = nnx.split(model, nnx.Param, RouterState)
+  window = None
+  if repair.every:
+    shape = len(config.moe_layers()), config.moe.routing.num_experts
+    window = RepairState(jnp.zeros(shape, jnp.float32), jnp.int32(0))
+  return TrainState(jnp.int32(0), params, router_state, optimizer.init(params), window)
 
 
 def _init_compiler_options() -> dict[str, str] | None:

@@ -9,13 +9,29 @@ import optax
 from flax import nnx
 
 from moe_jax.models import ModelAux, ModelConfig
-from moe_jax.moe.metrics import load_statistics, max_violation_floor
+from moe_jax.moe import BalanceScope, RouterInputs
+from moe_jax.moe.losses import loss_weights
+from moe_jax.moe.metrics import max_violation_floor
 from moe_jax.training.config import ExperimentConfig
+from moe_jax.training.layer_metrics import LayerMetrics, ratios, summands
+from moe_jax.training.microbatches import Batch, Microbatches, Share, cut, sum_over
 from moe_jax.training.optimizer import learning_rate_schedule
+from moe_jax.training.repair import count_load, repair_cold_experts
+from moe_jax.training.router_state import state_metrics, update_router_state
 from moe_jax.training.state import Stream, TrainState, model_graph, stream_key
 
-Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+
+# What balancing reads of a step's layers, and nobody else.
+_NOT_LOGGED = frozenset({"balance_load", "bias_target"})
+_LOSS_NAMES = {
+  "load_balance": "aux_loss",
+  "router_z": "z_loss",
+  "importance": "moe/importance_loss",
+  "load": "moe/load_loss",
+}
+# Logged whatever their coefficients are: they tell how a router does that is balanced otherwise.
+_ALWAYS_LOGGED = frozenset({"load_balance", "router_z"})
 
 
 def run_batch(model, batch: Batch, **call: Any) -> tuple[jax.Array, ModelAux]:
@@ -49,90 +65,146 @@ def make_train_step(
   """Returns step(state, batch) -> (state, metrics), compiled, the old state donated.
 
   The language-model loss is the mean over all targets of the batch, however it is cut into
-  microbatches; the weighted router losses are averaged over microbatches.
+  microbatches. Router losses are means over a microbatch, and are averaged over microbatches
+  weighted by the tokens they count: so those that are means over tokens (z-loss, and load balance
+  under `balance_scope = global_batch`) are exactly those of the whole batch. Router state is
+  updated once, from what the whole step routed. Metrics are those of the whole step: ratios of
+  sums, not means of ratios; those of router state are read after its update.
   """
   graph = model_graph(config.model)
   schedule = learning_rate_schedule(config.optimizer, config.steps)
 
-  def objective(params, batch, key, num_targets):
-    nll, aux = token_nll(nnx.merge(graph, params), batch, train=True, key=key)
-    routed = aux.weighted_loss / config.accumulation_steps
-    return nll / num_targets + routed, _microbatch_metrics(nll / num_targets, aux)
+  def objective(params, router_state, global_load, num_targets, batch, key, share: Share):
+    model = nnx.merge(graph, params, router_state)
+    inputs = RouterInputs(global_load=global_load)
+    nll, aux = token_nll(model, batch, train=True, key=key, router_inputs=inputs)
+    loss = nll / num_targets
+    return loss + aux.weighted_loss * share.losses, _summands(loss, aux, share)
+
+  def gradient(state: TrainState, batch: Batch, parts: Microbatches):
+    num_targets = jnp.maximum(jnp.sum(batch["loss_mask"]), 1)
+    load = _global_load(graph, state, parts) if _needs_global_load(config) else None
+    grad = jax.grad(objective, has_aux=True)
+    return sum_over(
+      lambda *part: grad(state.params, state.router_state, load, num_targets, *part), parts
+    )
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(stream_key(config.seed, Stream.STEP), state.step)
-    grads, metrics = _accumulate(objective, state.params, batch, key, config.accumulation_steps)
+    routing = config.model.moe.routing if config.model.moe else None
+    grads, summed = gradient(state, batch, cut(batch, key, config.accumulation_steps, routing))
+    layers = [ratios(layer) for layer in summed["layers"]]
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = _step_metrics(metrics, config, batch["tokens"].size)
-    metrics["grad_norm"] = optax.tree.norm(grads)
-    metrics["learning_rate"] = schedule(state.step)
-    return TrainState(state.step + 1, params, opt_state), metrics
+    tokens = jnp.sum(batch["segment_ids"] > 0)
+    router_state = update_router_state(state.router_state, layers, tokens, config.model)
+    window = count_load(state.repair, layers)
+    state = TrainState(state.step + 1, params, router_state, opt_state, window)
+    state = repair_cold_experts(state, optimizer, config)
+    metrics = {
+      "loss": summed["loss"],
+      "grad_norm": optax.tree.norm(grads),
+      "learning_rate": schedule(state.step - 1),
+      **_depth_metrics(summed["depths"], config.model),
+      **_router_metrics(layers, summed["losses"], state, config, batch["tokens"].size),
+    }
+    return state, metrics
 
   return jax.jit(step, donate_argnums=0)
 
 
 def make_eval_step(config: ModelConfig) -> Callable[[nnx.State, Batch], Metrics]:
-  """Returns eval(params, batch) -> summed `nll` in nats, `targets`, and `dropped` assignments."""
+  """Returns eval(model, batch) -> sums over a batch; `model` is `TrainState.model`.
+
+  The sums are `nll` in nats, `targets`, `tokens`, and over MoE layers the assignments `asked` for
+  and those `dropped`.
+  """
   graph = model_graph(config)
 
-  def evaluate(params: nnx.State, batch: Batch) -> Metrics:
-    nll, aux = token_nll(nnx.merge(graph, params), batch)
-    real = jnp.sum(batch["segment_ids"] > 0)
-    dropped = aux.metrics.get("dropped_fraction", jnp.float32(0)) * real
-    return {"nll": nll, "targets": jnp.sum(batch["loss_mask"]), "tokens": real, "dropped": dropped}
+  def evaluate(model: nnx.State, batch: Batch) -> Metrics:
+    nll, aux = token_nll(nnx.merge(graph, model), batch)
+    asked = [plan.metrics["assignments"] for plan in aux.plans]
+    fractions = [plan.metrics["dropped_fraction"] for plan in aux.plans]
+    return {
+      "nll": nll,
+      "targets": jnp.sum(batch["loss_mask"]),
+      "tokens": jnp.sum(batch["segment_ids"] > 0),
+      "asked": sum(asked, jnp.float32(0)),
+      "dropped": sum((a * f for a, f in zip(asked, fractions, strict=True)), jnp.float32(0)),
+    }
 
   return jax.jit(evaluate)
 
 
-def _accumulate(objective, params, batch, key, count: int):
-  """Sums gradients and metrics over `count` microbatches, one in memory at a time."""
-  num_targets = jnp.maximum(jnp.sum(batch["loss_mask"]), 1)
-  grad = jax.grad(objective, has_aux=True)
-  if count == 1:
-    return grad(params, batch, key, num_targets)
-  cut = jax.tree.map(lambda a: a.reshape((count, -1) + a.shape[1:]), batch)
-
-  def add(total, microbatch):
-    return jax.tree.map(jnp.add, total, grad(params, *microbatch, num_targets)), None
-
-  keys = jax.random.split(key, count)
-  first = jax.tree.map(lambda a: a[0], (cut, keys))
-  shapes = jax.eval_shape(grad, params, *first, num_targets)
-  zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
-  return jax.lax.scan(add, zeros, (cut, keys))[0]
-
-
-def _microbatch_metrics(loss: jax.Array, aux: ModelAux) -> dict:
-  """Collects what is summed over microbatches; loads as counts, since they add up."""
-  layers = []
-  for plan in aux.plans:
-    counts = plan.metrics["load"] * plan.metrics["assignments"]
-    layers.append({**plan.metrics, "load": counts})
-  depths = [{"loss": depth.loss, **depth.metrics} for depth in aux.depths]
-  return {"loss": loss, "losses": aux.losses, "layers": layers, "depths": depths}
-
-
-def _step_metrics(summed: dict, config: ExperimentConfig, num_tokens: int) -> Metrics:
-  """Names a step's metrics: loads are those of the whole step, other router metrics means."""
-  metrics, count = {"loss": summed["loss"]}, config.accumulation_steps
-  for index, depth in zip(config.model.depth_layers(), summed["depths"], strict=True):
-    metrics.update({f"depth/layer_{index}/{name}": depth[name] / count for name in depth})
-  if not summed["layers"]:
-    return metrics
+def _needs_global_load(config: ExperimentConfig) -> bool:
+  """Tells whether the balance loss of a microbatch needs what the others route."""
+  if config.model.moe is None or config.accumulation_steps == 1:
+    return False
   routing = config.model.moe.routing
-  metrics["aux_loss"] = summed["losses"]["load_balance"] / count
-  metrics["z_loss"] = summed["losses"]["router_z"] / count
-  floor = max_violation_floor(num_tokens * routing.top_k, routing.num_experts)
-  layers = []
-  for layer in summed["layers"]:
-    means = {name: value / count for name, value in layer.items()}
-    load = layer["load"] / jnp.maximum(layer["assignments"], 1.0)
-    whole = {"load": load, "assignments": layer["assignments"], **load_statistics(load)}
-    layers.append({**means, **whole, "max_violation_floor": jnp.float32(floor)})
-  for index, layer in zip(config.model.moe_layers(), layers, strict=True):
+  return routing.balance_scope == BalanceScope.GLOBAL_BATCH and routing.balance_loss_weight > 0
+
+
+def _global_load(graph: nnx.GraphDef, state: TrainState, parts: Microbatches) -> jax.Array:
+  """Returns (MoE layers, E) float32, the load fraction f of the whole step (arXiv 2501.11873).
+
+  A forward pass of its own over all microbatches, with the random numbers of the one that
+  follows: the price of f being known before the first gradient.
+  """
+  model = state.model
+
+  def load(batch, key, share):
+    _, aux = run_batch(nnx.merge(graph, model), batch, train=True, key=key)
+    return jnp.stack([plan.metrics["balance_load"] * share.losses for plan in aux.plans])
+
+  return sum_over(load, parts)
+
+
+def _summands(loss: jax.Array, aux: ModelAux, share: Share) -> dict:
+  """Returns what is summed over microbatches."""
+  return {
+    "loss": loss,
+    "losses": {name: value * share.losses for name, value in aux.losses.items()},
+    "layers": [summands(plan.metrics, share) for plan in aux.plans],
+    "depths": [
+      {name: value * share.tokens for name, value in {"loss": depth.loss, **depth.metrics}.items()}
+      for depth in aux.depths
+    ],
+  }
+
+
+def _depth_metrics(depths: list[Metrics], model: ModelConfig) -> Metrics:
+  """Names what the depth blocks did in a step, by layer."""
+  layers = zip(model.depth_layers(), depths, strict=True)
+  return {f"depth/layer_{i}/{name}": value for i, own in layers for name, value in own.items()}
+
+
+def _router_metrics(
+  layers: list[LayerMetrics],
+  losses: Metrics,
+  state: TrainState,
+  config: ExperimentConfig,
+  num_tokens: int,
+) -> Metrics:
+  """Names a step's router metrics: by layer, and means over layers; nothing without layers."""
+  if not layers:
+    return {}
+  routing, weights = config.model.moe.routing, loss_weights(config.model.moe.routing)
+  floor = jnp.float32(max_violation_floor(num_tokens * routing.top_k, routing.num_experts))
+  metrics = {
+    _LOSS_NAMES[name]: value
+    for name, value in losses.items()
+    if weights.get(name) or name in _ALWAYS_LOGGED
+  }
+  logged = [
+    {name: value for name, value in layer.items() if name not in _NOT_LOGGED}
+    | {"max_violation_floor": floor, **own}
+    for layer, own in zip(layers, state_metrics(state.router_state, config.model), strict=True)
+  ]
+  for index, layer in zip(config.model.moe_layers(), logged, strict=True):
     metrics.update({f"moe/layer_{index}/{name}": value for name, value in layer.items()})
-  for name in layers[0]:
+  for name in logged[0]:
     if name != "load":
-      metrics[f"moe/{name}"] = sum(layer[name] for layer in layers) / len(layers)
+      metrics[f"moe/{name}"] = sum(layer[name] for layer in logged) / len(logged)
+  if state.repair is not None:
+    metrics["moe/repaired_experts"] = state.repair.repaired
   return metrics

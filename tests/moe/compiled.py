@@ -13,16 +13,21 @@ FAST_COMPILE = {"xla_backend_optimization_level": "0"}
 
 @functools.cache
 def compiled_route(config: RoutingConfig, train: bool = False):
-  """Returns a function of (logits (G, S, E), mask (G, S), key) that gives the plan."""
+  """Returns a function of (logits (G, S, E'), mask (G, S), key, more) that gives the plan.
 
-  def call(logits, mask, key):
-    return route(logits, config, token_mask=mask, key=key, train=train)
+  `more` holds whatever else `route` takes, by name.
+  """
+
+  def call(logits, mask, key, more):
+    return route(logits, config, token_mask=mask, key=key, train=train, **more)
 
   return jax.jit(call, compiler_options=FAST_COMPILE)
 
 
-def routed(logits, config: RoutingConfig, *, mask=None, key=None, train=False) -> RoutingPlan:
-  """Routes float32 logits (G, S, E); without a mask all tokens are real."""
+def routed(
+  logits, config: RoutingConfig, *, mask=None, key=None, train=False, **more
+) -> RoutingPlan:
+  """Routes float32 logits (G, S, E'); without a mask all tokens are real."""
   mask = np.ones(logits.shape[:2], bool) if mask is None else mask
   key = jax.random.key(0) if key is None else key
-  return compiled_route(config, train)(logits, mask, key)
+  return compiled_route(config, train)(logits, mask, key, more)

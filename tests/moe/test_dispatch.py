@@ -8,6 +8,7 @@ from moe.compiled import routed
 
 from moe_jax.errors import UserError
 from moe_jax.moe import Dispatch, RoutingConfig, get_dispatcher
+from moe_jax.moe.dispatch import _stable_order
 
 G, S, D, E, K, C = 2, 6, 3, 4, 2, 2
 MASK = np.arange(S) < np.array([[6], [4]])
@@ -52,3 +53,10 @@ def test_ragged_rows_are_sorted_by_expert_with_zeros_behind():
 def test_an_unknown_form_is_refused():
   with pytest.raises(UserError, match=r"dispatch = 'scatter'.*einsum, gather, ragged"):
     get_dispatcher("scatter")
+
+
+@pytest.mark.parametrize("bound", [5, 2**30], ids=["keys", "argsort"])
+def test_order_is_stable(bound):
+  values = np.random.default_rng(0).integers(5, size=50).astype(np.int32)
+  expected = np.argsort(values, stable=True)
+  np.testing.assert_array_equal(_stable_order(jax.numpy.array(values), bound), expected)

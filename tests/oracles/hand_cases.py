@@ -22,7 +22,7 @@ class HandCase:
     shifts: logsumexp of each token's logits. Zero where two tokens tie, since another shift could
       break the tie by rounding.
     token_mask: True for a real token.
-    second_expert_draws: uniform numbers for second_expert="random", or None.
+    select_draws: uniform numbers for selection="random_second", or None.
     losses: expected values, by the name of `LOSSES`; empty when not worked out.
     metrics: expected values, by the name of the function in `metrics`; empty when not worked out.
   """
@@ -34,7 +34,7 @@ class HandCase:
   dropped: tuple
   shifts: tuple = (1.0, 2.0, 3.0)
   token_mask: tuple = (True, True, True)
-  second_expert_draws: tuple | None = None
+  select_draws: tuple | None = None
   losses: dict = dataclasses.field(default_factory=dict)
   metrics: dict = dataclasses.field(default_factory=dict)
 
@@ -305,11 +305,11 @@ RANDOM_SECOND = HandCase(
     "top_k": 2,
     "capacity": 2,
     "weighting": "renormalized",
-    "second_expert": "random",
+    "selection": "random_second",
   },
   # 2 * g2 = 8/9, 2/3, 8/9 against the draws: only token 0 loses (0.889 < 0.9). Its place at expert
   # 1 goes to token 2; its first weight stays 5/9.
-  second_expert_draws=(0.9, 0.5, 0.8),
+  select_draws=(0.9, 0.5, 0.8),
   kept=(
     (0, 0, 0, 5 / 9),
     (1, 1, 0, 2 / 3),

@@ -1,48 +1,57 @@
 """Compute router losses with plain loops, float64.
 
-Every load-balance loss here is scaled so that uniform routing gives 1, or K where all K
-choices count.
+Every load-balance loss here is scaled so that uniform routing gives 1, or K where all K choices
+count. Importance and load losses (arXiv 1701.06538 Eq. 6-11) are 0 there.
 """
 
 import math
 
 import numpy as np
-from oracles import routing
+from oracles import decisions, routing
+from oracles.scores import runs
 
 
-def load_balance_loss(scores, selected, *, kind, scope="group", padding="exclude", token_mask=None):
+def load_balance_loss(
+  scores,
+  selected,
+  *,
+  kind,
+  scope="group",
+  padding="exclude",
+  token_mask=None,
+  segment_ids=None,
+  global_load=None,
+):
   """Return the load-balance loss, E * sum_e f_e * P_e.
 
-  f_e is the fraction of tokens that want expert e, before any drop; P_e is its mean score.
+  f_e is the fraction of tokens that want expert e; P_e is its mean score.
 
   Args:
     scores: (G, S, E) router probabilities.
-    selected: (G, S, K) chosen expert ids, best first; unused by "switch".
+    selected: for each group and token the chosen expert ids, best first; any number of them; unused
+      by "switch".
     kind: what f counts. "switch" (arXiv 2101.03961 Eq. 4-6): the argmax of the scores. "gshard"
       (arXiv 2006.16668 Algorithm 1: (1/E) sum_e (c_e/S) m_e, here times E^2): the first choice.
-      "all_choices": all K choices, so f sums to K and uniform routing gives K.
-    scope: "group" takes the loss in each group and averages; "batch" pools the counts of all groups
-      first.
-    padding: "exclude" divides by the number of real tokens; an all-padding group has no loss and is
-      left out of the average. "flaxformer" leaves pads out of both sums but divides by all S
+      "all_choices": all choices, so that with K of them f sums to K and uniform routing gives K.
+    scope: over which tokens f and P are taken before they are multiplied; the loss is the mean over
+      these pools. "group", "sequence" (every run of equal segment ids), "batch" (all tokens), or
+      "global_batch", which is "batch" with f replaced by `global_load` if that is given.
+    padding: "exclude" divides by the number of real tokens; a pool of padding alone has no loss and
+      is left out of the average. "flaxformer" leaves pads out of both sums but divides by all
       tokens, so the loss shrinks with the square of the real fraction.
     token_mask: (G, S) True for a real token; all are real when None.
+    segment_ids: (G, S) for the scope "sequence".
+    global_load: (E,) or None.
 
   Returns:
     The loss; 0.0 when there is no real token.
   """
   routing.check_option("kind", kind, ("switch", "gshard", "all_choices"))
-  routing.check_option("scope", scope, ("group", "batch"))
   routing.check_option("padding", padding, ("exclude", "flaxformer"))
-  num_groups, num_tokens, num_experts = np.shape(scores)
-  if token_mask is None:
-    token_mask = np.ones((num_groups, num_tokens), bool)
-
-  pools = [[group] for group in range(num_groups)] if scope == "group" else [range(num_groups)]
+  num_experts = np.shape(scores)[2]
   losses = []
-  for pool in pools:
-    tokens = [(group, token) for group in pool for token in range(num_tokens)]
-    real = [(group, token) for group, token in tokens if token_mask[group][token]]
+  for tokens in pools(np.shape(scores)[:2], scope, segment_ids):
+    real = [at for at in tokens if token_mask is None or token_mask[at[0]][at[1]]]
     if padding == "exclude" and not real:
       continue
     divisor = len(real) if padding == "exclude" else len(tokens)
@@ -53,8 +62,24 @@ def load_balance_loss(scores, selected, *, kind, scope="group", padding="exclude
         wanted[expert] += 1.0 / divisor
       for expert in range(num_experts):
         importance[expert] += float(scores[group][token][expert]) / divisor
+    if scope == "global_batch" and global_load is not None:
+      wanted = global_load
     losses.append(num_experts * sum(f * p for f, p in zip(wanted, importance, strict=True)))
   return sum(losses) / len(losses) if losses else 0.0
+
+
+def pools(shape, scope, segment_ids=None):
+  """Return lists of (group, token) over which a loss is taken before the mean."""
+  routing.check_option("scope", scope, ("group", "sequence", "batch", "global_batch"))
+  num_groups, num_tokens = shape
+  if scope == "sequence":
+    return [
+      [(group, token) for token in run]
+      for group in range(num_groups)
+      for run in runs(segment_ids[group])
+    ]
+  groups = [[(group, token) for token in range(num_tokens)] for group in range(num_groups)]
+  return groups if scope == "group" else [sum(groups, [])]
 
 
 def counted_experts(scores, selected, kind):
@@ -62,7 +87,7 @@ def counted_experts(scores, selected, kind):
   if kind == "switch":
     return routing.top_experts(scores, 1)
   if kind == "gshard":
-    return [selected[0]]
+    return list(selected[:1])
   return list(selected)
 
 
@@ -96,3 +121,64 @@ def log_sum_exp(logits):
   """Return ln(sum(exp(logits))) of one vector, shifted by its maximum against overflow."""
   largest = max(logits)
   return largest + math.log(sum(math.exp(logit - largest) for logit in logits))
+
+
+def importance_loss(values, *, per_group):
+  """Return the squared coefficient of variation over experts of the sums over tokens.
+
+  Args:
+    values: (G, S, E) weights or scores, 0 for padding.
+    per_group: take it in each group and average; otherwise of all tokens together.
+  """
+  values = np.asarray(values, np.float64)
+  sums = [sum(group) for group in values]
+  if not per_group:
+    return squared_variation(sum(sums))
+  return sum(squared_variation(group) for group in sums) / len(sums)
+
+
+def squared_variation(values):
+  """Return the population variance over the squared mean; 0.0 for zeros."""
+  mean = sum(values) / len(values)
+  variance = sum((value - mean) ** 2 for value in values) / len(values)
+  return float(variance / mean**2) if mean > 0 else 0.0
+
+
+def load_loss(logits, noise, std, *, top_k, exclude_self, per_group, token_mask=None):
+  """Return the importance loss of the probabilities with which new noise selects each expert.
+
+  P(x, e) = Phi((logit_e - threshold) / std_e): only e's own noise is drawn again. The threshold is
+  the K-th largest noisy logit of the others (arXiv 1701.06538 Eq. 8-9), or of all experts.
+
+  Args:
+    logits: (G, S, E) without noise.
+    noise: (G, S, E).
+    std: (G, S, E) standard deviation of the noise.
+    top_k: K.
+    exclude_self: which threshold.
+    per_group: as in `importance_loss`.
+    token_mask: (G, S) True for a real token, or None.
+  """
+  probabilities = np.zeros(np.shape(logits))
+  for group, token in np.ndindex(*np.shape(logits)[:2]):
+    if token_mask is not None and not token_mask[group][token]:
+      continue
+    noisy = [
+      float(a) + float(b) for a, b in zip(logits[group][token], noise[group][token], strict=True)
+    ]
+    for expert in range(len(noisy)):
+      threshold = kth_largest(noisy, top_k, expert if exclude_self else None)
+      distance = float(logits[group][token][expert]) - threshold
+      probabilities[group, token, expert] = normal_cdf(distance / float(std[group][token][expert]))
+  return importance_loss(probabilities, per_group=per_group)
+
+
+def kth_largest(values, top_k, without):
+  """Return the K-th largest value, leaving one index out; -inf where there are fewer than K."""
+  order = [index for index in decisions.best_first(values) if index != without]
+  return values[order[top_k - 1]] if top_k <= len(order) else -math.inf
+
+
+def normal_cdf(x):
+  """Return Phi(x) of the standard normal distribution."""
+  return 0.5 * (1.0 + math.erf(x / math.sqrt(2.0)))

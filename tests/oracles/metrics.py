@@ -26,7 +26,7 @@ def load(assignments, num_experts):
   """Return (E,) the number of tokens that chose each expert, before capacity."""
   counts = [0] * num_experts
   for one in assignments:
-    counts[one.expert] += 1
+    counts[one.wish] += 1
   return np.array(counts)
 
 
@@ -83,19 +83,38 @@ def dropped_assignments(assignments):
 
 
 def dropped_tokens(groups, token_mask=None):
-  """Return the fraction of real tokens that reached no expert at all.
+  """Return the fraction of real tokens that asked for experts and reached none.
 
   Args:
     groups: list of G GroupRouting.
     token_mask: (G, S) True for a real token; all are real when None.
   """
-  real, unreached = 0, 0
+  return token_fraction(groups, token_mask, lambda asked, kept: asked > 0 and kept == 0)
+
+
+def unrouted_tokens(groups, token_mask=None):
+  """Return the fraction of real tokens that reached no expert, whether they asked or not."""
+  return token_fraction(groups, token_mask, lambda asked, kept: kept == 0)
+
+
+def token_fraction(groups, token_mask, holds):
+  """Return the fraction of real tokens for which `holds(experts asked, experts reached)`."""
+  real, found = 0, 0
   for index, group in enumerate(groups):
-    for token, kept in enumerate(kept_per_token(group.assignments, len(group.scores))):
+    num_tokens = len(group.scores)
+    kept = kept_per_token(group.assignments, num_tokens)
+    asked = [sum(one.token == token for one in group.assignments) for token in range(num_tokens)]
+    for token in range(num_tokens):
       if token_mask is None or token_mask[index][token]:
         real += 1
-        unreached += kept == 0
-  return unreached / real if real else 0.0
+        found += holds(asked[token], kept[token])
+  return found / real if real else 0.0
+
+
+def experts_per_token(groups, num_real_tokens):
+  """Return the mean number of experts that a real token reached."""
+  kept = sum(one.slot >= 0 for one in all_assignments(groups))
+  return kept / num_real_tokens if num_real_tokens else 0.0
 
 
 def dead_experts(counts):
@@ -107,9 +126,9 @@ def router_confidence(groups, token_mask=None):
   """Return the mean over real tokens of the largest router probability."""
   largest = []
   for index, group in enumerate(groups):
-    for token, scores in enumerate(group.scores):
+    for token, probabilities in enumerate(group.probabilities):
       if token_mask is None or token_mask[index][token]:
-        largest.append(max(scores))
+        largest.append(max(probabilities))
   return sum(largest) / len(largest) if largest else 0.0
 
 

@@ -1,18 +1,29 @@
-"""Route tokens to experts with plain loops: the outside judge of every router that has slots.
+"""Route tokens to experts with plain loops: the outside judge of every token-choice router.
 
 One group at a time, float64, no vectorised shortcut. Letters: S tokens per group, E experts, K
-choices per token, C slots per expert. Dropless routing is capacity S: an expert is chosen at most
-once per token.
-
-Papers: GShard arXiv 2006.16668 (Algorithm 1), Switch arXiv 2101.03961, V-MoE arXiv 2106.05974.
+choices per token, C slots per expert.
 """
 
 import dataclasses
 import math
 
 import numpy as np
+from oracles import placement, weights
+from oracles import scores as score_functions
+from oracles.options import Options, check_option
+from oracles.scores import softmax
+from oracles.selection import SELECTIONS, View, top_experts
 
-WEIGHTINGS = ("raw", "renormalized", "renormalized_after_drop", "softmax_selected")
+__all__ = [
+  "Assignment",
+  "GroupRouting",
+  "check_option",
+  "route",
+  "route_group",
+  "router_backward",
+  "softmax",
+  "top_experts",
+]
 
 
 @dataclasses.dataclass
@@ -21,7 +32,8 @@ class Assignment:
 
   `choice` is 0 for the token's best expert. A wish that was never made (a padding token, a random
   second expert that lost its draw) is no assignment at all, so that a dropped one always means a
-  full expert.
+  full expert. `expert` is the one asked last and `wish` the one asked at first, with the weight
+  `wish_weight` that it would have without any drop; they differ after re-routing alone.
   """
 
   token: int
@@ -29,6 +41,8 @@ class Assignment:
   expert: int
   slot: int
   weight: float
+  wish: int = -1
+  wish_weight: float = 0.0
 
 
 @dataclasses.dataclass
@@ -36,183 +50,228 @@ class GroupRouting:
   """What one group's routing decided.
 
   Attributes:
-    scores: (S, E) float64 softmax of the logits, pads included.
+    options: the `Options`.
+    logits: (S, E') float64, noise and mean over segments included; zeros for padding.
+    scores: (S, E or more) float64, of padding too.
+    chosen: for each token its K experts, as asked last; an empty list for padding.
+    kept: for each token whether these have a slot, or are null experts that were asked.
     dispatch: (S, E, C) bool, True where a token holds a slot.
     combine: (S, E, C) float64 weight of that slot in the token's output.
-    assignments: every wish of a real token, in the order in which slots were given.
+    null_weight: (S,) float64, sum of the weights of null experts.
+    assignments: every wish of a real token for an expert that has slots.
+    segment_ids, token_mask: as given.
   """
 
+  options: Options
+  logits: np.ndarray
   scores: np.ndarray
+  chosen: list
+  kept: list
   dispatch: np.ndarray
   combine: np.ndarray
+  null_weight: np.ndarray
   assignments: list
+  segment_ids: object
+  token_mask: object
 
-
-def check_option(name, value, allowed):
-  """Refuse an option the oracle does not know, so that a misspelt test cannot pass by accident."""
-  if value not in allowed:
-    raise ValueError(f"{name}={value!r} is not one of {allowed}.")
-
-
-def softmax(logits):
-  """Return the float64 softmax of one vector, shifted by its maximum against overflow."""
-  logits = np.asarray(logits, np.float64)
-  shifted = [math.exp(logit - max(logits)) for logit in logits]
-  return np.array([value / sum(shifted) for value in shifted])
-
-
-def top_experts(scores, top_k):
-  """Return the ids of the K largest scores of one token, best first; ties go to the lower id."""
-  by_score = sorted(range(len(scores)), key=lambda expert: (-scores[expert], expert))
-  return by_score[:top_k]
-
-
-def selected_weights(logits, scores, experts, weighting):
-  """Return one token's weight per chosen expert, as known before anything is placed.
-
-  "raw" and "renormalized_after_drop" both start from the bare score: the second is divided later,
-  by the sum of what was kept.
-  """
-  if weighting == "renormalized":
-    total = sum(scores[expert] for expert in experts)
-    return [scores[expert] / total for expert in experts]
-  if weighting == "softmax_selected":
-    return list(softmax([logits[expert] for expert in experts]))
-  return [scores[expert] for expert in experts]
-
-
-def second_expert_is_used(scores, experts, draw):
-  """Decide GShard's random second expert: use it when 2 * g2 > u, with g2 = p2 / (p1 + p2)."""
-  first, second = experts
-  renormalized_second = scores[second] / (scores[first] + scores[second])
-  return 2.0 * renormalized_second > draw
-
-
-def token_order(scores, priority):
-  """Return token ids in the order in which they are served.
-
-  "position" is left to right; "max_score" is V-MoE's batch prioritised routing: the token with the
-  largest best score first, equal ones left to right.
-  """
-  tokens = list(range(len(scores)))
-  if priority == "max_score":
-    tokens.sort(key=lambda token: -max(scores[token]))
-  return tokens
-
-
-def serving_order(tokens, top_k, drop_order):
-  """Return (token, choice) pairs in the order in which slots are given."""
-  if drop_order == "choice_major":
-    return [(token, choice) for choice in range(top_k) for token in tokens]
-  return [(token, choice) for token in tokens for choice in range(top_k)]
+  @property
+  def probabilities(self):
+    """Return (S, E) what the balance loss averages, null experts left out."""
+    rows = [score_functions.probabilities(row, self.options) for row in self.scores]
+    return np.array(rows)[:, : self.dispatch.shape[1]]
 
 
 def route_group(
   logits,
   *,
-  top_k,
-  capacity,
-  weighting="raw",
-  drop_order="choice_major",
-  priority="position",
-  second_expert="always",
-  second_expert_draws=None,
   token_mask=None,
+  token_ids=None,
+  segment_ids=None,
+  noise=None,
+  bias=None,
+  select_draws=None,
+  place_draws=None,
+  **options,
 ):
   """Route one group of tokens.
 
   Args:
-    logits: (S, E) router logits.
-    top_k: K, experts per token.
-    capacity: C, slots per expert.
-    weighting: one of WEIGHTINGS; "renormalized" divides by the sum over the K chosen experts,
-      before drops.
-    drop_order: "choice_major" (all first choices, then all second ones) or "token_major".
-    priority: "position" or "max_score"; see `token_order`.
-    second_expert: "always" or "random"; the latter needs top_k=2 and the draws.
-    second_expert_draws: (S,) uniform numbers in [0, 1).
+    logits: (S, E') router logits; E' is E plus null experts, or plus first-level gates.
     token_mask: (S,) True for a real token; all are real when None.
+    token_ids, segment_ids: (S,) integers, where the options read them.
+    noise: (S, E') added to the logits of real tokens, after the mean over segments.
+    bias: (E',) added to the scores for the choice of experts alone.
+    select_draws: see `selection.View`.
+    place_draws: (S,) for priority "random".
+    **options: fields of `Options`.
 
   Returns:
-    A GroupRouting. A second expert that is not used takes no slot and leaves the first weight as it
-    was.
+    A GroupRouting.
   """
-  check_option("weighting", weighting, WEIGHTINGS)
-  check_option("drop_order", drop_order, ("choice_major", "token_major"))
-  check_option("priority", priority, ("position", "max_score"))
-  check_option("second_expert", second_expert, ("always", "random"))
-  logits = np.asarray(logits, np.float64)
-  scores = np.array([softmax(row) for row in logits])
-  wishes = []
-  for token, choice in serving_order(token_order(scores, priority), top_k, drop_order):
-    if token_mask is not None and not token_mask[token]:
-      continue
-    experts = top_experts(scores[token], top_k)
-    if second_expert == "random" and choice == 1:
-      if not second_expert_is_used(scores[token], experts, second_expert_draws[token]):
-        continue
-    weights = selected_weights(logits[token], scores[token], experts, weighting)
-    wishes.append((token, choice, experts[choice], weights[choice]))
-
-  assignments = place(wishes, scores.shape[1], capacity)
-  if weighting == "renormalized_after_drop":
-    renormalize_kept(assignments)
-  dispatch, combine = masks(assignments, scores.shape, capacity)
-  return GroupRouting(scores, dispatch, combine, assignments)
+  options = Options(**options)
+  mask = [True] * len(logits) if token_mask is None else [bool(real) for real in token_mask]
+  logits = routed_logits(logits, mask, segment_ids, noise, options)
+  scores = np.array([score_functions.score(row, options) for row in logits])
+  extra = options.num_null_experts
+  num_experts = scores.shape[1] - extra
+  ranking = [rank(row, bias, options) for row in scores]
+  view = View(options, num_experts, logits, scores, ranking, token_ids, select_draws)
+  choose = SELECTIONS[options.selection]
+  choices = [choose(view, token) if real else ([], []) for token, real in enumerate(mask)]
+  placed = place_choices(choices, view, place_draws)
+  return finish(choices, placed, view, segment_ids, mask)
 
 
-def place(wishes, num_experts, capacity):
-  """Give slots in the order of `wishes`: (token, choice, expert, weight) tuples."""
-  used = [0] * num_experts
-  assignments = []
-  for token, choice, expert, weight in wishes:
-    if used[expert] < capacity:
-      assignments.append(Assignment(token, choice, expert, used[expert], float(weight)))
-      used[expert] += 1
-    else:
-      assignments.append(Assignment(token, choice, expert, -1, 0.0))
-  return assignments
+def routed_logits(logits, mask, segment_ids, noise, options):
+  """Return (S, E') float64: zeros for padding, the segment's mean if asked for, plus noise."""
+  rows = np.array(
+    [
+      np.float64(row) if real else 0.0 * np.zeros(len(row))
+      for row, real in zip(logits, mask, strict=True)
+    ]
+  )
+  if options.granularity == "segment":
+    rows = score_functions.mean_of_segments(rows, mask, segment_ids)
+  if noise is not None:
+    rows = np.array(
+      [
+        row + draw if real else row
+        for row, draw, real in zip(rows, np.float64(noise), mask, strict=True)
+      ]
+    )
+  return rows
 
 
-def renormalize_kept(assignments):
-  """Divide every kept weight by the sum of its token's kept weights, in place."""
-  kept_sum = {}
-  for one in assignments:
-    kept_sum[one.token] = kept_sum.get(one.token, 0.0) + one.weight
-  for one in assignments:
-    if one.slot >= 0:
-      one.weight /= kept_sum[one.token]
+def rank(scores, bias, options):
+  """Return what one token's choice goes by."""
+  ranking = list(scores if bias is None else scores + np.float64(bias))
+  grouped = options.num_expert_groups > 1 and options.selection != "hierarchical"
+  return score_functions.limit_to_groups(ranking, options) if grouped else ranking
 
 
-def masks(assignments, scores_shape, capacity):
-  """Return the (S, E, C) dispatch and combine arrays of a list of assignments."""
-  dispatch = np.zeros((*scores_shape, capacity), bool)
-  combine = np.zeros((*scores_shape, capacity), np.float64)
-  for one in assignments:
-    if one.slot >= 0:
-      dispatch[one.token, one.expert, one.slot] = True
-      combine[one.token, one.expert, one.slot] = one.weight
-  return dispatch, combine
+def place_choices(choices, view, draws):
+  """Return {(token, choice): (expert asked last, slot)} of the wishes for experts with slots."""
+  options = view.options
+  asks = {
+    (token, choice): expert
+    for token, (experts, asked) in enumerate(choices)
+    for choice, expert in enumerate(experts)
+    if asked[choice] and expert < view.num_experts
+  }
+  if not asks:
+    return {}
+  width = max(len(experts) for experts, _ in choices)
+  chosen_scores = [
+    [view.scores[token][expert] for expert in experts] or [0.0] * width
+    for token, (experts, _) in enumerate(choices)
+  ]
+  tokens = placement.token_order(view.scores, chosen_scores, options, draws)
+  order = placement.serving_order(tokens, chosen_scores, options)
+  ranked = [next_best(view, token, experts) for token, (experts, _) in enumerate(choices)]
+  return placement.place(asks, order, ranked, options.capacity, options.reroute_attempts)
 
 
-def route(logits, *, token_mask=None, second_expert_draws=None, **options):
+def next_best(view, token, experts):
+  """Return the experts that a token may ask and has not chosen, best first."""
+  if not view.options.reroute_attempts:
+    return []
+  ranking = view.ranking[token]
+  order = top_experts(ranking, len(ranking))
+  return [expert for expert in order if expert not in experts and ranking[expert] > -math.inf]
+
+
+def finish(choices, placed, view, segment_ids, mask):
+  """Weigh what was placed and collect everything in a GroupRouting."""
+  options, scores = view.options, view.scores
+  shape = (len(scores), view.num_experts, options.capacity)
+  dispatch, combine, null_weight = np.zeros(shape, bool), np.zeros(shape), np.zeros(len(scores))
+  chosen, all_kept, assignments = [], [], {}
+  for token, (experts, asked) in enumerate(choices):
+    last = [placed.get((token, choice), (expert, -1)) for choice, expert in enumerate(experts)]
+    final = [expert for expert, _ in last]
+    kept = [
+      slot >= 0 or (asked[choice] and expert >= view.num_experts)
+      for choice, (expert, slot) in enumerate(last)
+    ]
+    arguments = (view.logits[token], scores[token])
+    values = weights.weigh(*arguments, final, kept, options)
+    wished = weights.weigh(*arguments, experts, asked, options)
+    for choice, (expert, slot) in enumerate(last):
+      if expert >= view.num_experts:
+        null_weight[token] += values[choice]
+      elif slot >= 0:
+        dispatch[token, expert, slot], combine[token, expert, slot] = True, values[choice]
+      if (token, choice) in placed:
+        assignments[token, choice] = Assignment(
+          token, choice, expert, slot, values[choice], experts[choice], wished[choice]
+        )
+    chosen.append(final)
+    all_kept.append(kept)
+  return GroupRouting(
+    options,
+    view.logits,
+    scores,
+    chosen,
+    all_kept,
+    dispatch,
+    combine,
+    null_weight,
+    [assignments[pair] for pair in placed],
+    segment_ids,
+    mask,
+  )
+
+
+def route(logits, **options):
   """Route every group on its own.
 
   Args:
-    logits: (G, S, E) router logits.
-    token_mask: (G, S) True for a real token, or None.
-    second_expert_draws: (G, S) uniform numbers, or None.
-    **options: as in `route_group`.
+    logits: (G, S, E') router logits.
+    **options: as in `route_group`; what differs between groups has a leading axis G there.
 
   Returns:
     A list of G GroupRouting.
   """
+  by_group = ("token_mask", "token_ids", "segment_ids", "noise", "select_draws", "place_draws")
   return [
     route_group(
       logits[group],
-      token_mask=None if token_mask is None else token_mask[group],
-      second_expert_draws=None if second_expert_draws is None else second_expert_draws[group],
-      **options,
+      **{
+        name: value[group] if name in by_group and value is not None else value
+        for name, value in options.items()
+      },
     )
     for group in range(len(logits))
   ]
+
+
+def router_backward(group, d_weights):
+  """Return the gradient of one group's logits; the choice of experts and slots is held fixed.
+
+  Args:
+    group: a GroupRouting.
+    d_weights: (S, E or more), the gradient of the weight with which each token reached each expert.
+      A null expert's column holds the gradient of its own weight.
+
+  Returns:
+    d_logits: (S, E') gradient of the logits as given.
+    d_noise: (S, E') gradient of what was added to them.
+  """
+  d_noise = np.zeros(group.logits.shape)
+  for token, experts in enumerate(group.chosen):
+    if experts:
+      d_noise[token] = weights.weigh_backward(
+        group.logits[token],
+        group.scores[token],
+        experts,
+        group.kept[token],
+        [float(d_weights[token][expert]) for expert in experts],
+        group.options,
+      )
+  if group.options.granularity == "segment":
+    # The mean is its own transpose.
+    return (
+      score_functions.mean_of_segments(d_noise, group.token_mask, group.segment_ids),
+      d_noise,
+    )
+  return d_noise, d_noise

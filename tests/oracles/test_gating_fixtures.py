@@ -81,7 +81,6 @@ def test_gshard_top2_matches_praxis(name):
     weighting="renormalized" if numbers["legacy"] else "renormalized_after_drop",
     drop_order="choice_major",
     priority="position",
-    second_expert="always",
     token_mask=token_mask,
   )
   assert_routing_matches(groups, arrays)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from oracles import finite_differences, moe, routing
+from oracles.options import CHOICES
 
 # Central differences of O(1) values in float64 are good to about 1e-9.
 TOLERANCE = 1e-7
@@ -27,28 +28,50 @@ def make_layer(seed, kind):
   return x, router, make_experts(generator, kind), generator.normal(size=x.shape)
 
 
-def assert_gradients_match(kind, activation, **options):
-  """Compare the three gradients of a layer with finite differences."""
+def assert_gradients_match(kind, activation, *, num_logits=NUM_EXPERTS, **options):
+  """Compare all gradients of a layer with finite differences."""
   x, router, experts, dy = make_layer(0, kind)
-  dx, d_router, d_experts = moe.layer_backward(x, router, experts, activation, dy, **options)
+  if num_logits != NUM_EXPERTS:
+    router = np.random.default_rng(1).normal(size=(WIDTH, num_logits))
+  dx, d_router, d_experts, d_shared = moe.layer_backward(
+    x, router, experts, activation, dy, **options
+  )
 
-  def loss(x, router, experts):
-    return float(np.sum(dy * moe.layer(x, router, experts, activation, **options)))
+  def check(actual, at, **fixed):
+    def loss(value):
+      given = {"x": x, "router": router, "experts": experts, "shared": options.get("shared")}
+      for name, make in fixed.items():
+        given[name] = make(value)
+      changed = options | ({"shared": given["shared"]} if given["shared"] is not None else {})
+      y = moe.layer(given["x"], given["router"], given["experts"], activation, **changed)
+      return float(np.sum(dy * y))
 
-  expected = finite_differences.gradient(lambda value: loss(value, router, experts), x)
-  np.testing.assert_allclose(dx, expected, atol=TOLERANCE)
-  expected = finite_differences.gradient(lambda value: loss(x, value, experts), router)
-  np.testing.assert_allclose(d_router, expected, atol=TOLERANCE)
+    np.testing.assert_allclose(actual, finite_differences.gradient(loss, at), atol=TOLERANCE)
+
+  check(dx, x, x=lambda value: value)
+  check(d_router, router, router=lambda value: value)
   for index, expert in enumerate(experts):
     for name, weight in expert.items():
+      check(d_experts[index][name], weight, experts=replacing(experts, index, name))
+  if d_shared is not None:
+    shared = options["shared"]
+    check(d_shared["gate"], shared["gate"], shared=lambda value: shared | {"gate": value})
+    for name, weight in shared["network"].items():
+      make = replacing([shared["network"]], 0, name)
+      check(
+        d_shared["network"][name], weight, shared=lambda v, m=make: shared | {"network": m(v)[0]}
+      )
 
-      def loss_of_weight(value, index=index, name=name):
-        changed = [dict(expert) for expert in experts]
-        changed[index][name] = value
-        return loss(x, router, changed)
 
-      expected = finite_differences.gradient(loss_of_weight, weight)
-      np.testing.assert_allclose(d_experts[index][name], expected, atol=TOLERANCE)
+def replacing(experts, index, name):
+  """Return a function that puts another matrix into a copy of the experts."""
+
+  def make(value):
+    changed = [dict(expert) for expert in experts]
+    changed[index][name] = value
+    return changed
+
+  return make
 
 
 @pytest.mark.parametrize(
@@ -59,13 +82,81 @@ def test_expert_gradients_match_finite_differences(kind, activation):
   assert_gradients_match(kind, activation, top_k=2, capacity=NUM_TOKENS)
 
 
-@pytest.mark.parametrize("capacity", [1, 2, NUM_TOKENS])
-@pytest.mark.parametrize("weighting", routing.WEIGHTINGS)
-def test_router_gradients_match_finite_differences(weighting, capacity):
-  token_mask = [True, True, True, False, True]
+MASK = [True, True, True, False, True]
+DIFFERENTIABLE = ("raw", "renormalized", "renormalized_after_drop", "softmax_selected")
+
+
+@pytest.mark.parametrize("score", CHOICES["score"])
+@pytest.mark.parametrize("weighting", DIFFERENTIABLE)
+def test_router_gradients_match_finite_differences(weighting, score):
   assert_gradients_match(
-    "gated", "silu", top_k=3, capacity=capacity, weighting=weighting, token_mask=token_mask
+    "plain",
+    "silu",
+    top_k=3,
+    capacity=2,
+    weighting=weighting,
+    score=score,
+    weight_scale=2.5,
+    token_mask=MASK,
   )
+
+
+@pytest.mark.parametrize("weighting", DIFFERENTIABLE)
+@pytest.mark.parametrize(
+  "options",
+  [
+    dict(capacity=1),
+    dict(capacity=NUM_TOKENS, weight_on="input"),
+    dict(capacity=2, reroute_attempts=2),
+    dict(capacity=2, num_null_experts=2, num_logits=6, null_expert="identity"),
+    dict(capacity=2, norm_order=2.0, score="sigmoid"),
+    dict(capacity=2, norm_order=0.5, score="relu", selection="positive"),
+    dict(capacity=2, granularity="segment", segment_ids=[1, 1, 2, 2, 2]),
+    dict(
+      capacity=3,
+      selection="hierarchical",
+      num_expert_groups=2,
+      top_expert_groups=2,
+      num_logits=6,
+    ),
+    dict(capacity=2, bias=[0.3, -0.2, 0.0, 0.1], num_expert_groups=2, group_score="top2_sum"),
+    dict(capacity=2, noise=np.random.default_rng(4).normal(size=(NUM_TOKENS, NUM_EXPERTS))),
+  ],
+  ids=lambda options: "-".join(options),
+)
+def test_router_gradients_match_in_every_kind_of_routing(options, weighting):
+  assert_gradients_match("plain", "gelu", top_k=2, weighting=weighting, token_mask=MASK, **options)
+
+
+@pytest.mark.parametrize(("combine", "outputs"), [("add", 0), ("gated", 1), ("coefficient", 2)])
+def test_shared_expert_gradients_match_finite_differences(combine, outputs):
+  generator = np.random.default_rng(5)
+  network = make_experts(generator, "gated")[0]
+  gate = generator.normal(size=(WIDTH, outputs))
+  assert_gradients_match(
+    "plain",
+    "silu",
+    top_k=2,
+    capacity=2,
+    token_mask=MASK,
+    num_null_experts=1,
+    num_logits=5,
+    null_expert="identity",
+    shared={"network": network, "combine": combine, "gate": gate},
+  )
+
+
+def test_straight_through_has_the_gradient_of_the_score_and_hard_has_none():
+  x, router, experts, dy = make_layer(1, "plain")
+  gradients = {
+    weighting: moe.layer_backward(
+      x, router, experts, "silu", dy, top_k=2, capacity=2, weighting=weighting
+    )[1]
+    for weighting in ("raw", "straight_through", "hard")
+  }
+  # The gradient of a weight is that of the output by it, which the weight's own value is not in.
+  np.testing.assert_array_equal(gradients["straight_through"], gradients["raw"])
+  assert gradients["raw"].any() and not gradients["hard"].any()
 
 
 @pytest.mark.parametrize("drop_order", ["choice_major", "token_major"])
@@ -80,14 +171,14 @@ def test_router_gradients_match_with_random_second_expert():
     top_k=2,
     capacity=2,
     weighting="renormalized",
-    second_expert="random",
-    second_expert_draws=[0.99, 0.0, 0.5, 0.99, 0.3],
+    selection="random_second",
+    select_draws=[0.99, 0.0, 0.5, 0.99, 0.3],
   )
 
 
 def test_renormalized_top_1_gives_the_router_no_gradient():
   x, router, experts, dy = make_layer(1, "plain")
-  _, d_router, _ = moe.layer_backward(
+  _, d_router, _, _ = moe.layer_backward(
     x, router, experts, "relu", dy, top_k=1, capacity=NUM_TOKENS, weighting="renormalized"
   )
   np.testing.assert_allclose(d_router, 0.0, atol=1e-12)

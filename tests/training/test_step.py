@@ -1,7 +1,6 @@
 """One optimiser step: what it minimises, what it logs, what accumulation and seeds change."""
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -13,49 +12,12 @@ from comparison import relative_error
 from fast_compilation import compile_fast  # noqa: F401
 from flax import nnx
 from training import tiny
+from training.steps import compiled_step, fresh, make_batch, one_step
 
-from moe_jax.data.packing import FIELDS
 from moe_jax.moe import preset, preset_names
 from moe_jax.training.optimizer import decayed, learning_rate_schedule, make_optimizer
 from moe_jax.training.state import Stream, init_state, stream_key
-from moe_jax.training.step import make_eval_step, make_train_step
-
-
-def make_batch(seed: int = 0, rows: int = 4, length: int = 32) -> dict[str, np.ndarray]:
-  """Random tokens in two documents a row, the last five positions padding."""
-  rng = np.random.default_rng(seed)
-  steps = np.arange(length)
-  segment = np.where(steps < 12, 1, 2) * (steps < length - 5)
-  batch = {
-    "tokens": rng.integers(3, 259, (rows, length)),
-    "targets": rng.integers(3, 259, (rows, length)),
-    "segment_ids": np.tile(segment, (rows, 1)),
-    "positions": np.tile(np.where(steps < 12, steps, steps - 12), (rows, 1)),
-    "loss_mask": np.tile((segment > 0) & (steps != 11), (rows, 1)),
-  }
-  assert set(batch) == set(FIELDS)
-  return {name: value.astype(np.int32) for name, value in batch.items()}
-
-
-@functools.cache
-def compiled_step(config):
-  """Returns (state before the first step, compiled step); call `fresh` on the state."""
-  optimizer = make_optimizer(config.optimizer, config.steps)
-  state = init_state(config.model, optimizer, config.seed)
-  return state, make_train_step(config, optimizer)
-
-
-def fresh(state):
-  """Returns a copy of a state: the step donates the one it is given."""
-  return jax.tree.map(jnp.copy, state)
-
-
-def one_step(config, batch, steps: int = 1):
-  state, step = compiled_step(config)
-  state = fresh(state)
-  for _ in range(steps):
-    state, metrics = step(state, batch)
-  return state, jax.device_get(metrics)
+from moe_jax.training.step import make_eval_step
 
 
 def leaves(params: nnx.State) -> list[np.ndarray]:

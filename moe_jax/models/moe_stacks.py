@@ -1,0 +1,33 @@
+"""Where the MoE layers of a model are in its state, which stacks them over a segment's repeats."""
+
+import dataclasses
+
+from moe_jax.models.config import DEPTH, ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEStack:
+  """One MoE block of a segment's pattern, in all repeats.
+
+  Attributes:
+    path: of its `MoELayer` in the model's state; every array below it has a leading axis "layers".
+    layers: for each repeat, the index of the layer among the model's MoE layers.
+  """
+
+  path: tuple[str | int, ...]
+  layers: tuple[int, ...]
+
+
+def moe_stacks(config: ModelConfig) -> list[MoEStack]:
+  """Returns the stacks of a model's MoE layers, in the order of the blocks."""
+  stacks, first = [], 0
+  for index, segment in enumerate(config.parsed_segments()):
+    blocks = [block for block, kind in enumerate(segment.pattern) if kind[1] == "moe"]
+    for place, block in enumerate(blocks):
+      layers = (first + repeat * len(blocks) + place for repeat in range(segment.repeats))
+      # A depth block holds an ordinary one.
+      inner = ("block",) if DEPTH in segment.pattern[block] else ()
+      path = ("segments", index, "blocks", block, *inner, "feed_forward")
+      stacks.append(MoEStack(path, tuple(layers)))
+    first += len(blocks) * segment.repeats
+  return stacks

@@ -1,0 +1,1 @@
+"""Grouped products by platform: each computes the active FLOPs alone, in both directions."""

@@ -1,0 +1,152 @@
+"""The grouped experts on CPU: a loop over blocks of each expert's rows, from tokens to tokens.
+
+A scan over experts runs a loop over blocks of that expert's rows with a dynamic trip count, so the
+work follows the load. A block looks its tokens up, runs the whole network while its rows are in
+cache, and adds the results to its tokens: no array of all rows exists in either direction. Such a
+loop has no automatic reverse mode; the custom derivative below recomputes each block.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.moe.moves import Moves, look_up
+
+
+def block_rows(num_rows: int, num_experts: int) -> int:
+  """Returns rows per block: a third of the mean load, a power of two between 32 and 256.
+
+  A larger block wastes work on an expert's last, partly filled block; a smaller one makes thin
+  products and reads the expert's weights more often.
+  """
+  third = max(1, num_rows // (3 * num_experts))
+  return min(256, max(32, 1 << (third.bit_length() - 1)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def blocked_experts(
+  network,
+  block: int,
+  x: jax.Array,
+  weight: jax.Array,
+  moves: Moves,
+  rows_per_expert: jax.Array,
+  weights: Any,
+  keys: jax.Array | None,
+) -> jax.Array:
+  """Sums each token's experts, see `moe_jax.moe.grouped.grouped_experts`.
+
+  Args:
+    network: the function of one expert, see `moe_jax.moe.grouped.Network`.
+    block: rows handled at a time, see `block_rows`.
+    x: (T, D) tokens.
+    weight: (N,) float32, the combine weight of each assignment.
+    moves: the rows of the assignments, sorted by expert.
+    rows_per_expert: (E,) int32, sums to at most R.
+    weights: a pytree of floating arrays whose leaves have a leading axis E.
+    keys: (E,) random keys for `network`, or None; each block folds its index in.
+
+  Returns:
+    (T, D) in the dtype of x, summed in float32. Gradients: an expert without rows gets exactly 0;
+    those of weights and tokens accumulate in float32 whatever their dtype.
+  """
+  return _forward(network, block, x, weight, moves, rows_per_expert, weights, keys)
+
+
+def _forward(network, block, x, weight, moves, rows_per_expert, weights, keys):
+  token, scale = _row_tables(moves, weight, block)
+
+  def expert(y, per_expert):
+    start, size, w, key = per_expert
+
+    def step(i, y):
+      index, factor = _block(token, scale, start, size, i, block, x.shape[0])
+      out = network(look_up(x, index), factor, w, _block_key(key, i), jnp.matmul)
+      return _add(y, index, out)
+
+    return jax.lax.fori_loop(0, _num_blocks(size, block), step, y), None
+
+  y, _ = jax.lax.scan(expert, _sums_like(x), _per_expert(rows_per_expert, weights, keys))
+  return y.astype(x.dtype)
+
+
+def _save(network, block, *arrays):
+  return _forward(network, block, *arrays), arrays
+
+
+def _backward(network, block, saved, dy):
+  x, weight, moves, rows_per_expert, weights, keys = saved
+  token, scale = _row_tables(moves, weight, block)
+
+  def expert(sums, per_expert):
+    start, size, w, key = per_expert
+
+    def step(i, carry):
+      dx, dscale, dw = carry
+      index, factor = _block(token, scale, start, size, i, block, x.shape[0])
+      dx_block, dfactor, dw_block = jax.vjp(
+        lambda *args: network(*args, _block_key(key, i), jnp.matmul), look_up(x, index), factor, w
+      )[1](look_up(dy, index))
+      # What a block writes beyond its expert's rows is 0, and the next expert writes over it.
+      dscale = jax.lax.dynamic_update_slice_in_dim(dscale, dfactor, start + i * block, axis=0)
+      return _add(dx, index, dx_block), dscale, jax.tree.map(_plus, dw, dw_block)
+
+    dw = jax.tree.map(_sums_like, w)
+    dx, dscale, dw = jax.lax.fori_loop(0, _num_blocks(size, block), step, (*sums, dw))
+    return (dx, dscale), jax.tree.map(lambda total, a: total.astype(a.dtype), dw, w)
+
+  sums = (_sums_like(x), _sums_like(scale))
+  per_expert = _per_expert(rows_per_expert, weights, keys)
+  (dx, dscale), dweights = jax.lax.scan(expert, sums, per_expert)
+  dweight = look_up(dscale[: moves.assignment.size], moves.row)
+  return dx.astype(x.dtype), dweight, None, None, dweights, None
+
+
+blocked_experts.defvjp(_save, _backward)
+
+
+def _row_tables(moves: Moves, weight: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
+  """Returns the token and the weight of every row, with one block of empty rows behind."""
+  token = look_up(moves.token, moves.assignment, moves.num_tokens)
+  scale = look_up(weight.astype(jnp.float32), moves.assignment)
+  return (
+    jnp.pad(token, (0, block), constant_values=moves.num_tokens),
+    jnp.pad(scale, (0, block)),
+  )
+
+
+def _per_expert(rows_per_expert, weights, keys):
+  starts = jnp.cumsum(rows_per_expert) - rows_per_expert
+  return starts, rows_per_expert, weights, keys
+
+
+def _num_blocks(size, block: int):
+  return (size + block - 1) // block
+
+
+def _block(token, scale, start, size, i, block: int, num_tokens: int):
+  """Returns token and weight of the rows of block i of a group; no token beyond its end.
+
+  Another expert's rows are left out here: 0 * inf would put a NaN into this one's gradient.
+  """
+  mine = i * block + jnp.arange(block) < size
+  token, scale = (jax.lax.dynamic_slice_in_dim(a, start + i * block, block) for a in (token, scale))
+  return jnp.where(mine, token, num_tokens), jnp.where(mine, scale, 0.0)
+
+
+def _add(sums, index, rows):
+  return sums.at[index].add(rows.astype(sums.dtype), mode="drop")
+
+
+def _plus(total, part):
+  return total + part.astype(total.dtype)
+
+
+def _sums_like(a):
+  return jnp.zeros(a.shape, jnp.float32)
+
+
+def _block_key(key, i):
+  return None if key is None else jax.random.fold_in(key, i)

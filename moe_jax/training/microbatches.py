@@ -1,0 +1,73 @@
+"""A step's batch in microbatches: their shares of it, and sums over them."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.moe import RoutingConfig
+from moe_jax.moe.options import LossPadding
+
+Batch = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Share:
+  """The part of a step's batch that one microbatch is; over microbatches each adds up to 1.
+
+  Attributes:
+    tokens: float32, of the real tokens.
+    losses: float32, of the tokens that router losses count: the real ones, or all under
+      `loss_padding = flaxformer`.
+    count: float32, of the microbatches.
+  """
+
+  tokens: jax.Array
+  losses: jax.Array
+  count: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Microbatches:
+  """All microbatches of a step, stacked: every array has a leading axis M.
+
+  Attributes:
+    batch: the fields of a batch, (M, B / M, L).
+    key: (M,) random keys.
+    share: `Share` of (M,) arrays.
+  """
+
+  batch: Batch
+  key: jax.Array
+  share: Share
+
+
+def cut(batch: Batch, key: jax.Array, count: int, routing: RoutingConfig | None) -> Microbatches:
+  """Cuts a batch of B rows into `count` microbatches of consecutive rows."""
+  pieces = jax.tree.map(lambda a: a.reshape((count, -1) + a.shape[1:]), batch)
+  # The one microbatch of a step without accumulation draws from the step's own key.
+  keys = key[None] if count == 1 else jax.random.split(key, count)
+  real = jnp.sum(pieces["segment_ids"] > 0, axis=(1, 2))
+  tokens = real / jnp.maximum(jnp.sum(real), 1)
+  equal = jnp.full((count,), 1.0 / count)
+  padded = routing is not None and routing.loss_padding == LossPadding.FLAXFORMER
+  return Microbatches(pieces, keys, Share(tokens, equal if padded else tokens, equal))
+
+
+def sum_over(function: Callable[[Batch, jax.Array, Share], Any], parts: Microbatches) -> Any:
+  """Returns the sum of function(batch, key, share) over microbatches, one in memory at a time."""
+  arguments = parts.batch, parts.key, parts.share
+  first = jax.tree.map(lambda a: a[0], arguments)
+  if parts.share.count.shape[0] == 1:
+    return function(*first)
+
+  def add(total, microbatch):
+    return jax.tree.map(jnp.add, total, function(*microbatch)), None
+
+  shapes = jax.eval_shape(function, *first)
+  zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+  return jax.lax.scan(add, zeros, arguments)[0]

@@ -1,0 +1,1 @@
+from fast_compilation import compile_fast  # noqa: F401

@@ -1,0 +1,49 @@
+"""Batches, and steps that are compiled once for a config, for tests of the training step."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.data.packing import FIELDS
+from moe_jax.training.optimizer import make_optimizer
+from moe_jax.training.state import init_state
+from moe_jax.training.step import make_train_step
+
+
+def make_batch(seed: int = 0, rows: int = 4, length: int = 32) -> dict[str, np.ndarray]:
+  """Random tokens in two documents a row, the last five positions padding."""
+  rng = np.random.default_rng(seed)
+  steps = np.arange(length)
+  segment = np.where(steps < 12, 1, 2) * (steps < length - 5)
+  batch = {
+    "tokens": rng.integers(3, 259, (rows, length)),
+    "targets": rng.integers(3, 259, (rows, length)),
+    "segment_ids": np.tile(segment, (rows, 1)),
+    "positions": np.tile(np.where(steps < 12, steps, steps - 12), (rows, 1)),
+    "loss_mask": np.tile((segment > 0) & (steps != 11), (rows, 1)),
+  }
+  assert set(batch) == set(FIELDS)
+  return {name: value.astype(np.int32) for name, value in batch.items()}
+
+
+@functools.cache
+def compiled_step(config):
+  """Returns (state before the first step, compiled step); call `fresh` on the state."""
+  optimizer = make_optimizer(config.optimizer, config.steps)
+  state = init_state(config.model, optimizer, config.seed, config.repair)
+  return state, make_train_step(config, optimizer)
+
+
+def fresh(state):
+  """Returns a copy of a state: the step donates the one it is given."""
+  return jax.tree.map(jnp.copy, state)
+
+
+def one_step(config, batch, steps: int = 1):
+  state, step = compiled_step(config)
+  state = fresh(state)
+  for _ in range(steps):
+    state, metrics = step(state, batch)
+  return state, jax.device_get(metrics)

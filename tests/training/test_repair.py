@@ -1,0 +1,230 @@
+"""Repair of cold experts: they serve again, nothing else moves, and a run across it resumes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fast_compilation import compile_fast  # noqa: F401
+from flax import nnx
+from training import tiny
+from training.steps import compiled_step, fresh, make_batch
+
+from moe_jax.errors import UserError
+from moe_jax.training.checkpoint import Checkpoints
+from moe_jax.training.config import CheckpointConfig
+from moe_jax.training.optimizer import make_optimizer
+from moe_jax.training.repair import cold_experts, repair_cold_experts
+from moe_jax.training.state import abstract_state
+
+DEAD, EVERY = 2, 2
+LAYER = ("segments", 0, "blocks", 1, "feed_forward")
+
+
+def experiment(init: str = "copy", **fields):
+  return tiny.experiment(
+    model__segments=(("attention:dense attention:moe", 2),),
+    moe__overflow="dropless",
+    moe__dispatch="ragged",
+    moe__top_k=2,
+    moe__weighting="renormalized",
+    repair__every=EVERY,
+    repair__init=init,
+    **fields,
+  )
+
+
+def with_dead_expert(state):
+  """Returns the state whose first MoE layer scores one expert so low that no token selects it."""
+  flat = dict(nnx.to_flat_state(state.params))
+  kernel, embedding = (*LAYER, "router", "kernel"), ("embedding",)
+  # All tokens share a direction, and the dead expert's column points the other way.
+  flat[embedding] = flat[embedding].replace(flat[embedding].get_value() + 5.0)
+  flat[kernel] = flat[kernel].replace(flat[kernel].get_value().at[0, :, DEAD].set(-100.0))
+  return dataclasses.replace(state, params=nnx.from_flat_state(flat.items()))
+
+
+def due(state, load):
+  """Returns the state as it is before the repair of step EVERY, with loads (MoE layers, E)."""
+  window = dataclasses.replace(state.repair, load=jnp.asarray(load, jnp.float32))
+  return dataclasses.replace(state, step=jnp.int32(EVERY), repair=window)
+
+
+def repaired(state, load, config):
+  """Returns the state before and after a repair alone."""
+  before = due(state, load)
+  optimizer = make_optimizer(config.optimizer, config.steps)
+  return before, jax.jit(lambda s: repair_cold_experts(s, optimizer, config))(before)
+
+
+@pytest.fixture(scope="module")
+def trained():
+  """A state after a step, all moments at work."""
+  state, step = compiled_step(experiment())
+  return step(fresh(state), make_batch())[0]
+
+
+def of_experts(tree) -> list[np.ndarray]:
+  """Returns the arrays of the MoE stack in a tree like the parameters, experts on axis 1."""
+  layer = tree
+  for key in LAYER:
+    layer = layer[key]
+  kernel = layer["router"]["kernel"].get_value()
+  weights = [v.get_value() for v in layer["experts"]["weights"].values()]
+  return [np.asarray(a) for a in (jnp.swapaxes(kernel, 1, 2), *weights)]
+
+
+def moments(state):
+  (adam,) = [
+    part
+    for part in jax.tree.leaves(state.opt_state, is_leaf=lambda part: hasattr(part, "mu"))
+    if hasattr(part, "mu")
+  ]
+  return adam.mu, adam.nu
+
+
+def test_a_dead_expert_gets_tokens_again_after_repair():
+  state, step = compiled_step(experiment())
+  state = with_dead_expert(fresh(state))
+  loads, counts = [], []
+  for _ in range(EVERY + 1):
+    state, metrics = step(state, make_batch())
+    loads.append(float(metrics["moe/layer_1/load"][DEAD]))
+    counts.append(int(metrics["moe/repaired_experts"]))
+  assert loads[:EVERY] == [0.0] * EVERY
+  assert loads[EVERY] > 0.1
+  assert counts[0] == 0 < counts[EVERY - 1]
+
+
+# Expert 2 of the first layer is cold, nobody of the second; the hottest is 3.
+ONE_COLD = [[9, 9, 0, 22], [10, 10, 10, 10]]
+
+
+@pytest.mark.parametrize("init", ["copy", "fresh"])
+def test_nothing_but_the_cold_expert_moves(trained, init):
+  before, after = repaired(trained, ONE_COLD, experiment(init))
+  touched = np.zeros((2, 4), bool)
+  touched[0, DEAD] = True
+  for old, new in zip(of_experts(before.params), of_experts(after.params), strict=True):
+    np.testing.assert_array_equal(old[~touched], new[~touched])
+    assert (old[touched] != new[touched]).all()
+  for old, new in zip(moments(before), moments(after), strict=True):
+    for x, y in zip(of_experts(old), of_experts(new), strict=True):
+      np.testing.assert_array_equal(x[~touched], y[~touched])
+      assert (x[~touched] != 0).any() and (y[touched] == 0).all()
+  assert int(after.repair.repaired) == 1
+  assert not np.any(after.repair.load)
+
+
+def test_all_other_parameters_and_moments_stay(trained):
+  before, after = repaired(trained, ONE_COLD, experiment())
+  for old, new in (
+    (before.params, after.params),
+    *zip(moments(before), moments(after), strict=True),
+  ):
+    old, new = dict(nnx.to_flat_state(old)), dict(nnx.to_flat_state(new))
+    assert old.keys() == new.keys()
+    for path in old:
+      if path[: len(LAYER)] != LAYER:
+        np.testing.assert_array_equal(old[path].get_value(), new[path].get_value())
+
+
+def test_a_copy_is_the_hottest_expert_and_noise(trained):
+  config = experiment(repair__noise=0.05)
+  for new in of_experts(repaired(trained, ONE_COLD, config)[1].params):
+    difference = new[0, DEAD] - new[0, 3]
+    size = np.sqrt(np.mean(new[0, 3] ** 2))
+    # The deviation of 16 or more draws is within a factor of two.
+    assert 0.5 < np.std(difference) / (0.05 * size) < 2
+
+
+def test_a_fresh_expert_is_drawn_as_at_birth(trained):
+  after = repaired(trained, ONE_COLD, experiment("fresh"))[1]
+  for new, born in zip(
+    of_experts(after.params), of_experts(compiled_step(experiment())[0].params), strict=True
+  ):
+    assert 0.5 < np.std(new[0, DEAD]) / np.std(born[0]) < 2
+    assert (new[0, DEAD] != born[0, DEAD]).all()
+
+
+def test_repair_is_a_function_of_seed_and_step(trained):
+  def weights(step, **fields):
+    config = experiment(**fields)
+    state = dataclasses.replace(due(trained, ONE_COLD), step=jnp.int32(step))
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    return of_experts(repair_cold_experts(state, optimizer, config).params)[1][0, DEAD]
+
+  np.testing.assert_array_equal(weights(2), weights(2))
+  assert (weights(2) != weights(4)).all()
+  assert (weights(2) != weights(2, seed=1)).all()
+
+
+def test_the_last_step_repairs_nothing(trained):
+  config = dataclasses.replace(experiment(), steps=EVERY)
+  before, after = repaired(trained, ONE_COLD, config)
+  for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+    np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("init, expected", [("copy", 4.0), ("fresh", 7.0 / 3)])
+def test_a_repaired_expert_competes_on_equal_terms(init, expected):
+  config = experiment(init, moe__bias_update="sign")
+  state = compiled_step(config)[0]
+  bias = jnp.array([[1.0, 2.0, 99.0, 4.0], [1.0, 2.0, 3.0, 4.0]])
+  state = dataclasses.replace(state, router_state=jax.tree.map(lambda _: bias, state.router_state))
+  _, after = repaired(state, ONE_COLD, config)
+  (new,) = jax.tree.leaves(after.router_state)
+  np.testing.assert_allclose(new, bias.at[0, DEAD].set(expected), rtol=1e-6)
+
+
+def test_cold_is_below_a_share_of_the_mean_load():
+  loads = jnp.array([[10.0, 10.0, 1.0, 19.0], [0.0, 0.0, 0.0, 0.0]])
+  # The mean is 10: an expert at the threshold is not below it; without a token nobody is.
+  assert not cold_experts(loads, 0.1).any()
+  assert cold_experts(loads, 0.11).tolist() == [[False, False, True, False], [False] * 4]
+
+
+def test_resuming_across_repairs_is_exact(tmp_path):
+  config = experiment(
+    moe__bias_update="sign",
+    moe__adaptive_target=0.5,
+    repair__threshold=1.0,
+  )
+  start, step = compiled_step(config)
+  batches = [make_batch(seed) for seed in range(5)]
+  state = fresh(start)
+  with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+    for number, batch in enumerate(batches, start=1):
+      state, metrics = step(state, batch)
+      if number == 3:
+        # In the middle of a window, after the first repair.
+        assert np.any(state.repair.load)
+        checkpoints.save(number, state, {})
+        checkpoints.wait()
+    template = abstract_state(
+      config.model, make_optimizer(config.optimizer, config.steps), config.repair
+    )
+    resumed, _ = checkpoints.restore(3, template)
+  for batch in batches[3:]:
+    resumed, resumed_metrics = step(resumed, batch)
+  assert int(resumed.repair.repaired) > 0
+  assert jax.tree.structure(resumed) == jax.tree.structure(state)
+  for x, y in zip(jax.tree.leaves(resumed), jax.tree.leaves(state), strict=True):
+    np.testing.assert_array_equal(x, y)
+  for name, value in metrics.items():
+    np.testing.assert_array_equal(value, resumed_metrics[name])
+
+
+@pytest.mark.parametrize(
+  "variant, fields, match",
+  [
+    ("dense", {}, "repair.every = 5 is refused: it must be 0 for a model without experts"),
+    ("moe", dict(moe__selection="hash"), "must be 0 with selection = hash"),
+    ("moe", dict(repair__threshold=1.5), "threshold = 1.5 is refused"),
+    ("moe", dict(repair__init="copi"), "copi.*copy"),
+  ],
+)
+def test_repair_that_cannot_help_is_refused(variant, fields, match):
+  with pytest.raises(UserError, match=match):
+    tiny.experiment(variant, repair__every=5, **fields)
