@@ -10,10 +10,10 @@ from moe_jax.errors import UserError
 def balanced_table(counts: np.ndarray, num_experts: int, seed: int = 0) -> np.ndarray:
   """Assigns every token id to an expert so that experts see about equally many tokens.
 
-  The balanced hash of section 3.2: ids in order of falling frequency, each to the expert that has
-  the fewest tokens so far. The fullest expert exceeds the emptiest by at most the count of one id:
-  a frequent word cannot be shared out. Ids of equal count go in a random order, ties between
-  experts to a random one, so that seeds give different tables for different layers.
+  The balanced hash of the paper's section 3: ids in order of falling frequency, each to the expert
+  that has the fewest tokens so far. The fullest expert exceeds the emptiest by at most the count of
+  one id: a frequent word cannot be shared out. Ids of equal count go in a random order, ties
+  between experts to a random one, so that seeds give different tables for different layers.
 
   Args:
     counts: (V,) non-negative counts of each token id in the training text.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 from comparison import ROUTING_MARGIN, draw_logits, relative_error
-from moe.compiled import FAST_COMPILE, compiled_route
+from moe.compiled import FAST_COMPILE, routed
 from oracles import routing, whole_groups
 
 from moe_jax.moe import RoutingConfig, route
@@ -64,7 +64,7 @@ def expected_groups(logits, mask, experts, capacity):
 
 
 def assert_plan(plan, groups, logits, mask):
-  both = [routing.masks(group, logits.shape[1:], plan.capacity) for group in groups]
+  both = [whole_groups.masks(group, logits.shape[1:], plan.capacity) for group in groups]
   np.testing.assert_array_equal(plan.dispatch_mask(), [dispatch for dispatch, _ in both])
   assert relative_error(plan.combine_weights(), [combine for _, combine in both]) <= TOLERANCE
   for name, value in whole_groups.group_losses(logits, groups, token_mask=mask).items():
@@ -88,12 +88,11 @@ SHAPES = [(2, 1, 4), (1, 5, 1), (2, 8, 4), (2, 11, 4)]
 
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
 def test_sinkhorn_equals_the_matrix_scaling(shape):
-  run = compiled_route(config_of("sinkhorn", shape[2]), True)
   logits = sinkhorn_logits(0, shape)
   for kind, name in [("plain", n) for n in masks(shape[:2])] + [("equal", "right")]:
     mask = masks(shape[:2])[name]
     given = logits if kind == "plain" else np.full_like(logits, 0.3)
-    plan = run(given, mask, jax.random.key(0))
+    plan = routed(given, config_of("sinkhorn", shape[2]), mask=mask, train=True)
     experts = sinkhorn_choice(given, mask)
     assert_plan(plan, expected_groups(given, mask, experts, plan.capacity), given, mask)
 
@@ -101,16 +100,14 @@ def test_sinkhorn_equals_the_matrix_scaling(shape):
 def test_sinkhorn_leaves_a_token_alone_with_any_expert():
   # Balance makes the only token want all experts alike: rounding decides, and the rest follows.
   logits, mask = draw_logits(0, (2, 1, 4)), np.ones((2, 1), bool)
-  plan = compiled_route(config_of("sinkhorn", 4), True)(logits, mask, jax.random.key(0))
+  plan = routed(logits, config_of("sinkhorn", 4), train=True)
   assert_plan(plan, expected_groups(logits, mask, plan.expert, 1), logits, mask)
 
 
 def test_sinkhorn_spreads_what_top_1_crowds():
   logits = sinkhorn_logits(1, (1, 32, 4), ("none",))
-  mask, key = np.ones((1, 32), bool), jax.random.key(0)
   train, evaluate = (
-    compiled_route(config_of("sinkhorn", 4, overflow="dropless"), t)(logits, mask, key)
-    for t in (True, False)
+    routed(logits, config_of("sinkhorn", 4, overflow="dropless"), train=t) for t in (True, False)
   )
   assert np.max(train.metrics["load"]) < 0.4 < np.max(evaluate.metrics["load"])
 
@@ -119,8 +116,7 @@ def test_sinkhorn_spreads_what_top_1_crowds():
 @pytest.mark.parametrize("shape", [(2, 11, 4)], ids=str)
 def test_outside_training_every_token_takes_its_best_expert(selection, shape):
   logits, mask = draw_logits(2, shape), masks(shape[:2])["right"]
-  run = compiled_route(config_of(selection, shape[2], overflow="dropless"), False)
-  plan = run(logits, mask, jax.random.key(0))
+  plan = routed(logits, config_of(selection, shape[2], overflow="dropless"), mask=mask)
   assert_plan(plan, expected_groups(logits, mask, best_experts(logits), shape[1]), logits, mask)
 
 
@@ -174,9 +170,8 @@ def test_the_auction_ends_whatever_the_scores_are(bad):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_base_drops_nothing_and_weighs_by_the_score(shape):
   logits = draw_logits(3, shape)
-  run = compiled_route(config_of("base", shape[2]), True)
   for name, mask in masks(shape[:2]).items():
-    plan = run(logits, mask, jax.random.key(0))
+    plan = routed(logits, config_of("base", shape[2]), mask=mask, train=True)
     # The choice itself is judged above; weights, slots and losses follow from it.
     chosen = np.asarray(plan.expert).reshape(shape[:2])
     groups = expected_groups(logits, mask, chosen, plan.capacity)

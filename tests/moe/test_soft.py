@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from comparison import relative_error
-from moe.compiled import FAST_COMPILE, compiled_route
+from moe.compiled import FAST_COMPILE, routed
 from oracles import losses, soft_moe
 
 from moe_jax.errors import UserError
@@ -39,12 +39,11 @@ SHAPES = [(2, 1, 3, 2), (1, 5, 1, 1), (2, 3, 2, 5), (2, 7, 4, 2)]
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_mixtures_equal_the_two_softmaxes(shape):
   G, S, E, C = shape
-  run = compiled_route(config_of(E, C), True)
   plain = np.random.default_rng(0).normal(size=(G, S, E * C)).astype(np.float32)
   # Beyond float32's exp: both softmaxes must subtract the largest.
   for logits in (plain, 100.0 * plain, np.full_like(plain, 0.3)):
     for mask in masks((G, S)).values():
-      plan = run(logits, mask, jax.random.key(0))
+      plan = routed(logits, config_of(E, C), mask=mask, train=True)
       pairs = [
         soft_moe.mixtures(a, token_mask=m) for a, m in zip(np.float64(logits), mask, strict=True)
       ]
@@ -57,7 +56,7 @@ def test_mixtures_equal_the_two_softmaxes(shape):
 
 def test_metrics_say_that_every_token_reaches_every_expert():
   logits = np.random.default_rng(1).normal(size=(2, 6, 8)).astype(np.float32)
-  plan = compiled_route(config_of(4, 2))(logits, masks((2, 6))["right"], jax.random.key(0))
+  plan = routed(logits, config_of(4, 2), mask=masks((2, 6))["right"])
   metrics = {name: float(plan.metrics[name]) for name in plan.metrics if name != "load"}
   assert metrics["experts_per_token"] == pytest.approx(4.0)
   assert metrics["dropped_fraction"] == metrics["dropped_token_fraction"] == 0.0

@@ -85,7 +85,7 @@ def select(config, logits_SE, mask_S, group, plan_experts):
     ]
     capacity = num_tokens if config.overflow == "dropless" else config.capacity
     backward = functools.partial(sparsemixer.logits_backward, logits_SE, chosen)
-    return routing.place(wishes, E, capacity), backward
+    return whole_groups.place(wishes, E, capacity), backward
   experts = plan_experts
   if config.selection == "sinkhorn":
     matrix = whole_groups.sinkhorn_matrix(logits_SE, iterations=ITERATIONS, token_mask=mask_S)
@@ -106,33 +106,12 @@ def oracle_group(config, x_SD, kernel, experts, mask_S, dy_SD, group, plan_exper
     return y_SD, *soft_moe.layer_backward(x_SD, kernel, experts, "silu", dy_SD, **options)
   logits_SE = x_SD @ kernel
   assignments, backward = select(config, logits_SE, mask_S, group, plan_experts)
-  run = input_weighted if config.weight_on == "input" else output_weighted
-  y_SD, dx_SD, d_experts, d_weights = run(x_SD, experts, assignments, dy_SD)
+  call = x_SD, experts, assignments, "silu"
+  weight_on = str(config.weight_on)
+  y_SD = moe.moe(*call, weight_on=weight_on)
+  dx_SD, d_experts, d_weights = moe.moe_backward(*call, dy_SD, weight_on=weight_on)
   d_logits = backward(d_weights)
   return y_SD, dx_SD + d_logits @ kernel.T, x_SD.T @ d_logits, d_experts
-
-
-def output_weighted(x_SD, experts, assignments, dy_SD):
-  y_SD = moe.moe(x_SD, experts, assignments, "silu")
-  return y_SD, *moe.moe_backward(x_SD, experts, assignments, "silu", dy_SD)
-
-
-def input_weighted(x_SD, experts, assignments, dy_SD):
-  """FFN(weight * x): the weight's gradient is x . d(weight * x)."""
-  y_SD, dx_SD = np.zeros(x_SD.shape), np.zeros(x_SD.shape)
-  d_experts = [{name: np.zeros(w.shape) for name, w in expert.items()} for expert in experts]
-  d_weights = np.zeros((len(x_SD), E))
-  for one in assignments:
-    if one.slot < 0:
-      continue
-    scaled_D, expert = one.weight * x_SD[one.token], experts[one.expert]
-    y_SD[one.token] += moe.ffn(scaled_D, expert, "silu")
-    d_scaled_D, d_expert = moe.ffn_backward(scaled_D, expert, "silu", dy_SD[one.token])
-    dx_SD[one.token] += one.weight * d_scaled_D
-    d_weights[one.token, one.expert] = x_SD[one.token] @ d_scaled_D
-    for name, value in d_expert.items():
-      d_experts[one.expert][name] += value
-  return y_SD, dx_SD, d_experts, d_weights
 
 
 def margin(config, x, kernel):

@@ -4,7 +4,8 @@ Letters: S tokens, D model width, E experts, C slots per expert, J = E * C slots
 """
 
 import numpy as np
-from oracles import moe, routing, whole_groups
+from oracles import moe, whole_groups
+from oracles.scores import softmax, softmax_backward
 
 
 def mixtures(logits_SJ, *, token_mask=None):
@@ -16,11 +17,11 @@ def mixtures(logits_SJ, *, token_mask=None):
   dispatch, combine = (np.zeros(np.shape(logits_SJ), np.float64) for _ in range(2))
   real = whole_groups.real_tokens(token_mask, len(logits_SJ))
   for slot in range(np.shape(logits_SJ)[1] if real else 0):
-    shares = routing.softmax([logits_SJ[token][slot] for token in real])
+    shares = softmax([logits_SJ[token][slot] for token in real])
     for token, share in zip(real, shares, strict=True):
       dispatch[token, slot] = share
   for token in real:
-    combine[token] = routing.softmax(logits_SJ[token])
+    combine[token] = softmax(logits_SJ[token])
   return dispatch, combine
 
 
@@ -53,7 +54,7 @@ def layer_backward(x_SD, router_DJ, experts, activation, dy_SD, *, capacity, tok
     for name, value in d_expert.items():
       d_experts[expert][name] += value
   rows = zip(combine, d_combine, strict=True)
-  d_logits = np.array([moe.softmax_backward(p_J, d_J) for p_J, d_J in rows])
+  d_logits = np.array([softmax_backward(p_J, d_J) for p_J, d_J in rows])
   columns = zip(dispatch.T, d_dispatch.T, strict=True)
-  d_logits += np.array([moe.softmax_backward(p_S, d_S) for p_S, d_S in columns]).T
+  d_logits += np.array([softmax_backward(p_S, d_S) for p_S, d_S in columns]).T
   return dx_SD + d_logits @ router_DJ.T, x_SD.T @ d_logits, d_experts

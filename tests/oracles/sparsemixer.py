@@ -7,7 +7,7 @@ K here. The random numbers are arguments.
 import math
 
 import numpy as np
-from oracles import routing
+from oracles.scores import softmax
 
 JITTER = 0.01
 
@@ -39,7 +39,7 @@ def pick(logits, taken, gumbel=None, draw=None):
       3/4, unless the sample is the likeliest expert.
   """
   reach = within_reach(logits, taken)
-  probs = dict(zip(reach, routing.softmax([logits[e] for e in reach]), strict=True))
+  probs = dict(zip(reach, softmax([logits[e] for e in reach]), strict=True))
   likeliest = min(reach, key=lambda e: (-logits[e], e))
   if gumbel is None:
     return likeliest, probs[likeliest], probs

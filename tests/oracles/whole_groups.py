@@ -7,14 +7,16 @@ Expert choice (arXiv 2202.09368), Sinkhorn balancing (S-BASE, arXiv 2202.01169),
 import math
 
 import numpy as np
-from oracles import losses, moe, routing
+from oracles import losses
+from oracles.routing import Assignment, check_option
+from oracles.scores import softmax, softmax_backward
 
 
 def scores_of(logits_SE, score):
   """Return the (S, E) scores: "softmax" over experts, or "sigmoid" of each by itself."""
-  routing.check_option("score", score, ("softmax", "sigmoid"))
+  check_option("score", score, ("softmax", "sigmoid"))
   if score == "softmax":
-    return np.array([routing.softmax(row) for row in logits_SE])
+    return np.array([softmax(row) for row in logits_SE])
   return np.array([[1.0 / (1.0 + math.exp(-z)) for z in row] for row in logits_SE])
 
 
@@ -36,7 +38,7 @@ def expert_choice(logits_SE, *, capacity, score="softmax", token_mask=None):
     tokens.sort(key=lambda token, e=expert: -scores_SE[token, e])
     for slot, token in enumerate(tokens[:capacity]):
       weight = float(scores_SE[token, expert])
-      assignments.append(routing.Assignment(token, 0, expert, slot, weight))
+      assignments.append(Assignment(token, 0, expert, slot, weight))
   return assignments
 
 
@@ -64,7 +66,31 @@ def one_expert_each(experts, scores_SE, *, capacity, token_mask=None):
   """Return the assignments of tokens that ask for one expert each, served left to right."""
   real = real_tokens(token_mask, len(scores_SE))
   wishes = [(token, 0, experts[token], scores_SE[token][experts[token]]) for token in real]
-  return routing.place(wishes, len(scores_SE[0]), capacity)
+  return place(wishes, len(scores_SE[0]), capacity)
+
+
+def place(wishes, num_experts, capacity):
+  """Return assignments: slots in the order of `wishes`, (token, choice, expert, weight) tuples."""
+  used = [0] * num_experts
+  assignments = []
+  for token, choice, expert, weight in wishes:
+    if used[expert] < capacity:
+      assignments.append(Assignment(token, choice, expert, used[expert], float(weight)))
+      used[expert] += 1
+    else:
+      assignments.append(Assignment(token, choice, expert, -1, 0.0))
+  return assignments
+
+
+def masks(assignments, shape, capacity):
+  """Return dispatch (S, E, C) bool and combine (S, E, C) float64 of a list of assignments."""
+  dispatch = np.zeros((*shape, capacity), bool)
+  combine = np.zeros((*shape, capacity), np.float64)
+  for one in assignments:
+    if one.slot >= 0:
+      dispatch[one.token, one.expert, one.slot] = True
+      combine[one.token, one.expert, one.slot] = one.weight
+  return dispatch, combine
 
 
 def group_losses(logits_GSE, groups, *, token_mask):
@@ -99,5 +125,5 @@ def raw_score_backward(logits_SE, d_weights_SE, score):
   scores_SE = scores_of(logits_SE, score)
   if score == "softmax":
     pairs = zip(scores_SE, d_weights_SE, strict=True)
-    return np.array([moe.softmax_backward(p_E, dw_E) for p_E, dw_E in pairs])
+    return np.array([softmax_backward(p_E, dw_E) for p_E, dw_E in pairs])
   return scores_SE * (1.0 - scores_SE) * d_weights_SE
