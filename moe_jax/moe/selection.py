@@ -30,6 +30,9 @@ def select(
     UserError: `random_second` in training without a key.
   """
   top_GSK, expert_GSK = jax.lax.top_k(scores_GSE, config.top_k)
+  # On CPU, XLA makes a full sort over E out of a top-k whose result is sliced, as the balance loss
+  # slices it: 22 ms for 4,096 tokens and 64 experts, where selecting takes 2.
+  expert_GSK = jax.lax.optimization_barrier(expert_GSK)
   used_GSK = jnp.ones_like(expert_GSK, bool)
   if config.selection == Selection.RANDOM_SECOND and train:
     if key is None:
