@@ -19,6 +19,7 @@ from training.balanced_steps import (
 )
 from training.steps import compiled_step, fresh, make_batch
 
+from moe_jax.planning.count import count_parameters
 from moe_jax.training.optimizer import make_optimizer
 from moe_jax.training.router_state import update_router_state
 from moe_jax.training.state import abstract_state
@@ -97,6 +98,8 @@ def test_router_state_is_unknown_to_the_optimiser():
   for name in ("params", "opt_state"):
     ours, theirs = getattr(with_state, name), getattr(without, name)
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+  sizes = sum(leaf.size for leaf in jax.tree.leaves(with_state.params))
+  assert sizes == count_parameters(balanced().model).total
 
 
 def test_evaluation_reads_the_bias():
