@@ -10,6 +10,7 @@ import pytest
 import scipy.optimize
 from comparison import ROUTING_MARGIN, draw_logits, relative_error
 from moe.compiled import FAST_COMPILE, routed
+from moe.plan_tensors import tensors
 from oracles import routing, whole_groups
 
 from moe_jax.moe import RoutingConfig, route
@@ -65,8 +66,9 @@ def expected_groups(logits, mask, experts, capacity):
 
 def assert_plan(plan, groups, logits, mask):
   both = [whole_groups.masks(group, logits.shape[1:], plan.capacity) for group in groups]
-  np.testing.assert_array_equal(plan.dispatch_mask(), [dispatch for dispatch, _ in both])
-  assert relative_error(plan.combine_weights(), [combine for _, combine in both]) <= TOLERANCE
+  dispatch, combine = tensors(plan)
+  np.testing.assert_array_equal(dispatch, [dispatch for dispatch, _ in both])
+  assert relative_error(combine, [combine for _, combine in both]) <= TOLERANCE
   for name, value in whole_groups.group_losses(logits, groups, token_mask=mask).items():
     assert relative_error(plan.losses[name], value) <= TOLERANCE, name
 
@@ -177,7 +179,7 @@ def test_base_drops_nothing_and_weighs_by_the_score(shape):
     groups = expected_groups(logits, mask, chosen, plan.capacity)
     assert_plan(plan, groups, logits, mask)
     assert float(plan.metrics["dropped_fraction"]) == 0.0, name
-    for group, mask_S in zip(plan.dispatch_mask(), mask, strict=True):
+    for group, mask_S in zip(tensors(plan)[0], mask, strict=True):
       counts = np.sum(group, axis=(0, 2))
       assert counts.sum() == mask_S.sum() and counts.max() <= math.ceil(mask_S.sum() / shape[2])
 
