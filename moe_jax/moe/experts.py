@@ -51,8 +51,8 @@ def apply_experts(
     apply = jax.vmap(functools.partial(feed_forward, config=config))
     return SlottedRows(apply(rows.rows, weights, keys))
 
-  def network(x, scale, w, key, product):
-    return feed_forward(x, w, key, config, scale=scale, product=product)
+  def network(x, w, key, product, last_product):
+    return feed_forward(x, w, key, config, product=product, last_product=last_product)
 
   sums = grouped_experts(
     network,

@@ -63,7 +63,7 @@ def _forward(network, block, x, weight, moves, rows_per_expert, weights, keys):
 
     def step(i, y):
       index, factor = _block(token, scale, start, size, i, block, x.shape[0])
-      out = network(look_up(x, index), factor, w, _block_key(key, i), jnp.matmul)
+      out = _weighed(network, _block_key(key, i), look_up(x, index), factor, w)
       return _add(y, index, out)
 
     return jax.lax.fori_loop(0, _num_blocks(size, block), step, y), None
@@ -86,9 +86,9 @@ def _backward(network, block, saved, dy):
     def step(i, carry):
       dx, dscale, dw = carry
       index, factor = _block(token, scale, start, size, i, block, x.shape[0])
-      dx_block, dfactor, dw_block = jax.vjp(
-        lambda *args: network(*args, _block_key(key, i), jnp.matmul), look_up(x, index), factor, w
-      )[1](look_up(dy, index))
+      run = functools.partial(_weighed, network, _block_key(key, i))
+      _, vjp = jax.vjp(run, look_up(x, index), factor, w)
+      dx_block, dfactor, dw_block = vjp(look_up(dy, index).astype(jnp.float32))
       # What a block writes beyond its expert's rows is 0, and the next expert writes over it.
       dscale = jax.lax.dynamic_update_slice_in_dim(dscale, dfactor, start + i * block, axis=0)
       return _add(dx, index, dx_block), dscale, jax.tree.map(_plus, dw, dw_block)
@@ -105,6 +105,40 @@ def _backward(network, block, saved, dy):
 
 
 blocked_experts.defvjp(_save, _backward)
+
+
+def _weighed(network, key, rows, scale, weights):
+  """Returns the network's rows times `scale` (M,), in float32."""
+
+  def last_product(hidden, weight):
+    return _scaled_matmul(hidden, weight, scale)
+
+  return network(rows, weights, key, jnp.matmul, last_product).astype(jnp.float32)
+
+
+@jax.custom_vjp
+def _scaled_matmul(rows: jax.Array, weight: jax.Array, scale: jax.Array) -> jax.Array:
+  """Returns rows @ weight, rounded to their dtype, times scale (M,) in float32.
+
+  The derivative by the scale is a sum over the rows of dout @ weight.T, which that by the rows
+  needs in any case. The automatic one is a sum over the result, a product that nothing else needs.
+  """
+  return (rows @ weight).astype(jnp.float32) * scale[:, None]
+
+
+def _save_scaled_matmul(rows, weight, scale):
+  return _scaled_matmul(rows, weight, scale), (rows, weight, scale)
+
+
+def _backward_scaled_matmul(saved, dout):
+  rows, weight, scale = saved
+  unscaled = (dout.astype(rows.dtype) @ weight.T).astype(jnp.float32)
+  drows = (unscaled * scale[:, None]).astype(rows.dtype)
+  dweight = rows.T @ (dout * scale[:, None]).astype(rows.dtype)
+  return drows, dweight, jnp.sum(unscaled * rows.astype(jnp.float32), axis=1)
+
+
+_scaled_matmul.defvjp(_save_scaled_matmul, _backward_scaled_matmul)
 
 
 def _row_tables(moves: Moves, weight: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
