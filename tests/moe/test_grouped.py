@@ -35,8 +35,8 @@ SIZES = {
 NETWORK = FeedForwardConfig(F, gated=True, activation=Activation.SILU)
 
 
-def network(x, scale, w, key, product):
-  return feed_forward(x, w, key, NETWORK, scale=scale, product=product)
+def network(x, w, key, product, last_product):
+  return feed_forward(x, w, key, NETWORK, product=product, last_product=last_product)
 
 
 def make_moves(sizes, top_k=K):
@@ -165,10 +165,10 @@ def test_bfloat16_sums_accumulate_in_float32():
   sizes = jnp.array([count], jnp.int32)
 
   def apply(x, w):
-    def product(x, scale, w, key, product):
-      return product(x, w)
+    def linear(x, w, key, product, last_product):
+      return last_product(x, w)
 
-    return blocked_experts(product, 1, x, jnp.ones(count), moves, sizes, w, None)
+    return blocked_experts(linear, 1, x, jnp.ones(count), moves, sizes, w, None)
 
   out, vjp = jax.vjp(jax.jit(apply), x, w)
   for value in (out, *vjp(jnp.ones_like(out))):
@@ -176,7 +176,7 @@ def test_bfloat16_sums_accumulate_in_float32():
     assert float(value.ravel()[0]) == count
 
 
-def noisy(x, scale, w, key, product):
+def noisy(x, w, key, product, last_product):
   return x * jax.random.uniform(key, x.shape)
 
 

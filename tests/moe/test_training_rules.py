@@ -137,9 +137,10 @@ def test_forms_agree_in_bfloat16():
     compiled_layer(False, dispatch=form)(tokens(jnp.bfloat16), KEY)[0] for form in Dispatch
   ]
   for y in outputs:
-    # Sums are taken in float32 and rounded once: at most one step of bfloat16, 2^-8, apart.
+    # Sums are taken in float32 and rounded once: at most one step of bfloat16, 2^-8, apart. So far
+    # apart may be the rows of order 1, too, which only forms that store them have to round.
     np.testing.assert_allclose(
-      np.asarray(y, np.float32), np.asarray(outputs[0], np.float32), rtol=2**-7, atol=1e-3
+      np.asarray(y, np.float32), np.asarray(outputs[0], np.float32), rtol=2**-7, atol=2**-8
     )
 
 
