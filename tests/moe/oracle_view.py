@@ -276,7 +276,9 @@ def assert_plan_matches(plan: RoutingPlan, expected: Expected) -> None:
   assert plan.losses.keys() == expected.losses.keys()
   for name, value in expected.losses.items():
     assert relative_error(plan.losses[name], value) <= TOLERANCE, name
-  assert plan.metrics.keys() - expected.metrics.keys() == {"max_violation_floor"}
+  # The floor is a Monte Carlo estimate; the load that balancing reads is judged over a whole step.
+  unjudged = {"max_violation_floor", "balance_load"}
+  assert plan.metrics.keys() - expected.metrics.keys() <= unjudged
   for name, value in expected.metrics.items():
     # Most are fractions: one that should be 0 may be off by a rounding of 1.
     error = np.max(np.abs(np.asarray(plan.metrics[name], np.float64) - value))
