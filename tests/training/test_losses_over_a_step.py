@@ -35,6 +35,9 @@ def test_balance_loss_of_a_microbatch_does():
 ROUTING = RoutingConfig(
   num_experts=4,
   top_k=2,
+  # Microbatches differ in assignments per token, too.
+  selection="threshold_second",
+  second_threshold=0.3,
   bias_update="quantile",
   balance_scope="global_batch",
   capacity=3,
