@@ -5,10 +5,10 @@ Every other block holds 8 experts of which a token visits one (Switch, arXiv 210
   configs/quickstart.py         the mixture of experts
   configs/quickstart.py:dense   the same active FLOPs: every feed-forward dense
 
-Cost: 3,950 steps of 2,048 tokens (8.1 million, 2.4 epochs) took 8.2 minutes on 2 shared CPU cores,
-evaluations included; 80 to 100 ms a step.
+Cost: 3,950 steps of 2,048 tokens (8.1 million, 2.4 epochs) took 5.1 minutes on 2 CPU cores,
+evaluations included; 65 to 75 ms a step.
 
-Result, 3 seeds: 1.035 nats per token held-out (1.494 bits per byte), dense 1.060 (1.530); see
+Result, 3 seeds: 1.078 nats per token held-out (1.555 bits per byte), dense 1.118 (1.613); see
 experiments/quickstart.
 """
 
