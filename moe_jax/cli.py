@@ -48,8 +48,7 @@ COMMANDS = {
       Flag(
         "arm",
         FlagKind.TEXTS,
-        "evaluate once more with other routing fields, as top_k=2,weighting=renormalized; they"
-        " change the dropless router; repeatable",
+        "dropless with other routing fields, as top_k=2,weighting=hard; repeatable",
         (),
       ),
       Flag("replay", FlagKind.FILE, "a trace whose experts are forced on its own tokens", None),

@@ -40,7 +40,7 @@ def test_ratios_agree_with_the_metrics_of_the_routing_core():
   plan, logits, probs, mask = routed_call()
   found = finish(count_jitted_plan(plan, probs, logits, mask))
   shared = found.keys() & plan.metrics.keys()
-  assert len(shared) == 10
+  assert len(shared) == 12
   for name in shared:
     np.testing.assert_allclose(found[name], plan.metrics[name], rtol=1e-5, err_msg=name)
   assert found["dropped_fraction"] > 0
@@ -154,6 +154,7 @@ def expert_choice_plan():
     slot=row([[0, 1, 0, 1]]),
     weight=jnp.ones((1, 4)),
     valid=jnp.array([[True, True, True, False]]),
+    identity=None,
     losses={},
     metrics={},
     num_tokens=3,

@@ -197,7 +197,7 @@ def test_bad_command_line_names_the_fault_and_the_nearest_choice(words, fragment
     (["train"], ["moe-jax train needs --config=FILE[:VARIANT]"]),
     (["train", "--config=configs/quickstart.py"], ["moe-jax train needs --workdir=DIR"]),
     (["trian"], ["'trian' is not a command; did you mean train?"]),
-    (["zzz"], ["expected one of train, eval, generate, report"]),
+    (["zzz"], ["expected one of train, eval, trace, generate, report"]),
     (["--config=configs/quickstart.py"], ["is not a command"]),
     (["eval", "--workdir=a", "--config.steps=1"], ["--config.steps is no flag of moe-jax eval"]),
     (["eval", "--workdir=a", "--step=1.5"], ["--step=1.5", "not an int"]),
@@ -244,7 +244,7 @@ def _stand_in(monkeypatch, function):
 def test_command_receives_its_arguments_and_its_status_is_returned(monkeypatch):
   seen = []
   assert _stand_in(monkeypatch, seen.append) == 0
-  assert vars(seen[0]) == {"workdir": "a", "step": None}
+  assert vars(seen[0]) == {"workdir": "a", "step": None, "arm": (), "replay": None}
   assert _stand_in(monkeypatch, lambda args: 3) == 3
 
 
