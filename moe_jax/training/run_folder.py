@@ -20,13 +20,17 @@ _BEFORE_CONFIG = frozenset({_LOCK_FILE, CONFIG_FILE + ".tmp"})
 
 def write_json(path: Path, value: Any) -> None:
   """Writes JSON through a temporary file and a rename, so that no reader sees half of it."""
+  text = json.dumps(value, indent=2, allow_nan=False) + "\n"
   temporary = path.with_name(path.name + ".tmp")
-  with open(temporary, "w") as file:
-    json.dump(value, file, indent=2, allow_nan=False)
-    file.write("\n")
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
+  try:
+    with open(temporary, "w") as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  except BaseException:
+    temporary.unlink(missing_ok=True)
+    raise
 
 
 def check_run(workdir: Path, config: dict[str, Any]) -> None:
