@@ -49,6 +49,15 @@ def _one_of(choices: list[str]) -> str:
   return f"one of {shown}" + (f" and {rest} more" if rest > 0 else "")
 
 
+def is_utf8(text: str) -> bool:
+  """Tells whether UTF-8 can encode `text`: words that are not UTF-8 reach Python as surrogates."""
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    return False
+  return True
+
+
 def as_choice(kind: type[Choice], name: str, value: str) -> Choice:
   """Returns the member of `kind` that has this value.
 

@@ -1,11 +1,12 @@
 """The command line: `moe-jax COMMAND --flag=value ...`.
 
 Subcommands live where their work is and are imported only when run, so that `--help` and a faulty
-command line answer at once. A `UserError` is one line and exit status 2; any other exception is a
-bug and keeps its traceback.
+command line answer at once. A `UserError` is one line and exit status 2, and so is a file that the
+operating system refuses to read or write; any other exception is a bug and keeps its traceback.
 """
 
 import dataclasses
+import io
 import pkgutil
 import sys
 from collections.abc import Sequence
@@ -72,7 +73,7 @@ COMMANDS = {
       Flag("prompt", FlagKind.TEXT, "text to continue"),
       Flag("max_new_tokens", FlagKind.INTEGER, "most tokens to add", 200),
       Flag("temperature", FlagKind.NUMBER, "0 takes the likeliest token each time", 0.8),
-      Flag("seed", FlagKind.INTEGER, "seed of the sampling", 0),
+      Flag("seed", FlagKind.SEED, "seed of the sampling", 0),
     ),
   ),
   "report": Command(
@@ -85,7 +86,7 @@ COMMANDS = {
     "moe_jax.commands.conventions:conventions",
     (
       Flag("diff", FlagKind.PAIR, "two presets to compare, also written --diff A B", None),
-      Flag("sample", FlagKind.INTEGER, "seed of the random logits that both route", 0),
+      Flag("sample", FlagKind.SEED, "seed of the random logits that both route", 0),
     ),
   ),
   "audit": Command(
@@ -94,7 +95,7 @@ COMMANDS = {
     (
       Flag("config", FlagKind.CONFIG, "config file of a model, with a variant if it has any", None),
       Flag("preset", FlagKind.TEXT, "a router preset instead of a model", None),
-      Flag("seed", FlagKind.INTEGER, "seed of parameters and tokens", 0),
+      Flag("seed", FlagKind.SEED, "seed of parameters and tokens", 0),
     ),
   ),
 }
@@ -109,14 +110,36 @@ def main(argv: Sequence[str] | None = None) -> int:
   Returns:
     0 on success, 2 after a fault of the user's, 130 after an interrupt.
   """
+  # A terminal that cannot show a character must not end a run that has been trained.
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors="replace")
   try:
     return _run(list(sys.argv[1:] if argv is None else argv))
   except UserError as error:
-    print(f"{_PROGRAM}: error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
+    return _refuse(str(error))
+  except OSError as error:
+    if error.filename is None:
+      raise
+    return _refuse(_os_fault(error))
   except KeyboardInterrupt:
     print(f"\n{_PROGRAM}: interrupted", file=sys.stderr)
     return 130
+
+
+def _refuse(sentence: str) -> int:
+  """Prints a fault of the user's on one line and returns its exit status."""
+  print(f"{_PROGRAM}: error: {' '.join(sentence.split())}", file=sys.stderr)
+  return 2
+
+
+def _os_fault(error: OSError) -> str:
+  """Says which file the operating system refused, and why."""
+  # The second file of a rename is the one that was to be written.
+  path = error.filename if error.filename2 is None else error.filename2
+  return (
+    f"{path} cannot be read or written ({error.strerror}); mend its place or permissions, or give"
+    " another path"
+  )
 
 
 def _run(argv: list[str]) -> int:

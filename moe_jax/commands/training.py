@@ -1,6 +1,5 @@
 """The command `moe-jax train`."""
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +10,14 @@ from moe_jax.data.builders import prepare
 from moe_jax.data.loader import steps_per_epoch
 from moe_jax.training.config import experiment_from
 from moe_jax.training.loop import run_steps
-from moe_jax.training.run_folder import SUMMARY_FILE, check_run, claim_run, write_json
+from moe_jax.training.run_folder import (
+  SUMMARY_FILE,
+  check_run,
+  claim_run,
+  damaged_summary,
+  read_summary,
+  write_json,
+)
 from moe_jax.training.writers import check_writers
 
 
@@ -33,14 +39,21 @@ def train(args: SimpleNamespace) -> None:
       state, wall_seconds = run_steps(config, data, workdir)
       summary = summarize(config, data, state.model, workdir)
       write_json(workdir / SUMMARY_FILE, {**summary, "wall_seconds": wall_seconds})
-    summary = json.loads((workdir / SUMMARY_FILE).read_text())
-    print(_results(summary, workdir, write_report(workdir)))
+    print(_results(read_summary(workdir), workdir, write_report(workdir)))
 
 
 def _results(summary: dict[str, Any], workdir: Path, report: Path) -> str:
+  try:
+    lines = _lines(summary)
+  except (KeyError, TypeError, ValueError) as error:
+    raise damaged_summary(workdir, error) from error
+  return "\n".join([*lines, "", f"metrics, checkpoints and report in {workdir}; open {report}"])
+
+
+def _lines(summary: dict[str, Any]) -> list[str]:
   held_out, compressors = summary["eval"], summary["compressors"]
   sample, parameters = summary["sample"], summary["parameters"]
-  lines = [
+  return [
     "",
     f"held-out bits per byte   {held_out['bits_per_byte']:.3f}   ({held_out['loss']:.4f} nats per"
     " token, dropless)",
@@ -50,7 +63,4 @@ def _results(summary: dict[str, Any], workdir: Path, report: Path) -> str:
     "",
     f"sample (temperature {sample['temperature']}):",
     f"  {sample['prompt']}|{sample['text']}",
-    "",
-    f"metrics, checkpoints and report in {workdir}; open {report}",
   ]
-  return "\n".join(lines)

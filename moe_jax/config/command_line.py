@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from moe_jax.choices import did_you_mean, nearest
+from moe_jax.choices import did_you_mean, is_utf8, nearest
 from moe_jax.errors import UserError
 
 REQUIRED = object()
@@ -28,6 +28,7 @@ class FlagKind(enum.Enum):
   TEXTS = "TEXT ..."  # repeatable likewise
   PAIR = "A,B"  # also as two words after the flag
   INTEGER = "INT"
+  SEED = "SEED"  # an integer that a random key takes: 0 to 2**32 - 1
   NUMBER = "NUMBER"
 
 
@@ -79,6 +80,10 @@ def _pairs(
 ) -> Iterator[tuple[str, str | None]]:
   """Yields (flag name, text); the text is None for an override written without a value."""
   words = list(argv)
+  for word in words:
+    if not is_utf8(word):
+      # Reports, JSON and terminals could not show it again.
+      raise UserError(f"{word!r} is not UTF-8 text; expected arguments encoded in UTF-8")
   while words:
     word = words.pop(0)
     name, equals, text = word.removeprefix("--").partition("=")
@@ -147,12 +152,23 @@ def _convert(flag: Flag, text: str) -> Any:
     raise UserError(f"--{flag.name}= is empty, expected --{flag.name}={flag.kind.value}")
   if flag.kind is FlagKind.PAIR:
     return _pair(flag, text)
-  kinds = {FlagKind.INTEGER: (int, "an int"), FlagKind.NUMBER: (float, "a number")}
+  kinds = {
+    FlagKind.INTEGER: (int, "an int"),
+    FlagKind.SEED: (_seed, "an int from 0 to 4294967295"),
+    FlagKind.NUMBER: (float, "a number"),
+  }
   convert, expected = kinds.get(flag.kind, (str, "text"))
   try:
     return convert(text)
   except ValueError as error:
     raise UserError(f"--{flag.name}={text}: {text!r} is not {expected}") from error
+
+
+def _seed(text: str) -> int:
+  seed = int(text)
+  if not 0 <= seed < 2**32:
+    raise ValueError(f"{seed} is no seed")
+  return seed
 
 
 def _pair(flag: Flag, text: str) -> tuple[str, str]:

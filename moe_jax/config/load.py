@@ -89,7 +89,8 @@ def _run_file(path: str) -> dict[str, Any]:
     return runpy.run_path(path, run_name="config_file")
   except UserError:
     raise
-  except Exception as error:
+  # SystemExit is no Exception: a file that ends the program would pass for a success.
+  except (Exception, SystemExit) as error:
     raise UserError(f"{path} failed with {_in_one_line(error)}") from error
 
 
@@ -110,7 +111,7 @@ def _call_get_config(get_config: Any, path: str, variant: str) -> Any:
     return get_config(*arguments)
   except ValueError as error:
     raise UserError(f"--config={shown}: {error}") from error
-  except Exception as error:
+  except (Exception, SystemExit) as error:
     raise UserError(f"--config={shown} failed with {_in_one_line(error)}") from error
 
 
@@ -169,7 +170,7 @@ def _nearest_file(path: str) -> str:
   return f"expected one of {', '.join(by_stem.values())}"
 
 
-def _in_one_line(error: Exception) -> str:
+def _in_one_line(error: BaseException) -> str:
   """Shows an exception with its type: a bare KeyError message says nothing on its own."""
   text = " ".join(str(error).split())
   return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -7,12 +7,13 @@ a dataclass whose keys live in the parent's section.
 
 import dataclasses
 import enum
+import math
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from moe_jax.choices import did_you_mean
+from moe_jax.choices import did_you_mean, is_utf8
 from moe_jax.errors import UserError
 
 _Config = TypeVar("_Config")
@@ -24,7 +25,8 @@ def dataclass_from(cls: type[_Config], mapping: Any, path: str = "config") -> _C
   """Builds the dataclass `cls`, and those nested in it, from a mapping.
 
   An int is accepted for a float, a list for a tuple, an enum by its value; nothing else is
-  converted.
+  converted. Floats must be finite and strings encodable as UTF-8: what a config says is written
+  as JSON.
 
   Args:
     cls: a dataclass whose annotations are made of bool, int, float, str, enums, Literal,
@@ -42,14 +44,23 @@ def dataclass_from(cls: type[_Config], mapping: Any, path: str = "config") -> _C
   """
   if isinstance(mapping, cls):
     return mapping
-  if not _is_mapping(mapping):
-    raise UserError(f"{path} is {_show(mapping)}, expected a section with fields of its own")
-  values = {str(key): mapping[key] for key in mapping.keys()}
+  values = section(mapping, path)
   names = _keys(cls)
   for key in values:
     if key not in names:
       raise UserError(f"{path}.{key} is not a field; {did_you_mean(key, names, path + '.')}")
   return _build(cls, values, path)
+
+
+def section(mapping: Any, path: str) -> dict[str, Any]:
+  """Returns the fields of a section as a dict.
+
+  Raises:
+    UserError: `mapping` is no section; the message begins with `path`.
+  """
+  if not _is_mapping(mapping):
+    raise UserError(f"{path} is {_show(mapping)}, expected a section with fields of its own")
+  return {str(key): mapping[key] for key in mapping.keys()}
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
@@ -128,11 +139,22 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     return hint(_convert_choice([member.value for member in hint], value, path))
   if hint not in _SCALARS:
     raise TypeError(f"{path} is annotated {hint}, which a config cannot hold")
-  if hint is float and type(value) is int:
-    return float(value)
-  if type(value) is not hint:
+  if not (type(value) is hint or (hint is float and type(value) is int)):
     raise _wrong_type(hint, value, path)
-  return value
+  if hint is str and not is_utf8(value):
+    raise UserError(f"{path} is {value!r}, expected text that UTF-8 can encode")
+  return _as_float(value, path) if hint is float else value
+
+
+def _as_float(value: float, path: str) -> float:
+  """Returns a finite float: JSON holds no other."""
+  try:
+    number = float(value)
+  except OverflowError:
+    number = math.inf
+  if not math.isfinite(number):
+    raise UserError(f"{path} is {number}, expected a finite float")
+  return number
 
 
 def _convert_optional(hint: Any, value: Any, path: str) -> Any:

@@ -20,8 +20,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
+from google.protobuf import json_format
 
-from moe_jax.data.config import DataConfig
+from moe_jax.data.config import DataConfig, check_local
 from moe_jax.data.corpus import Corpus, get_corpus, split_documents
 from moe_jax.data.packing import FIELDS, Packer, PackingCounts, Record, SpecialIds
 from moe_jax.data.splits import HELDOUT_EVERY, Split
@@ -160,14 +161,13 @@ def prepare(config: DataConfig) -> PreparedData:
     _make(config, builder)
     builder = _builder(config)
   sources = _open(builder)
-  counts = {split: dict(builder.info.metadata[split.value]) for split in Split}
-  text_bytes = {split: counts[split].pop("text_bytes") for split in Split}
+  counts, text_bytes = _read_counts(builder)
   return PreparedData(
     train=sources[Split.TRAIN],
     heldout=sources[Split.HELDOUT],
     tokenizer=get_tokenizer(config.tokenizer),
     fingerprint=fingerprint(config),
-    counts={split: PackingCounts(**counts[split]) for split in Split},
+    counts=counts,
     text_bytes=text_bytes,
     corpus=get_corpus(config.corpus),
   )
@@ -183,8 +183,12 @@ def _builder(config: DataConfig) -> PackedText:
     tokenizer=config.tokenizer,
     sequence_length=config.sequence_length,
   )
-  with _quiet():
-    return PackedText(config=builder_config, data_dir=_data_dir(config), file_format="array_record")
+  root = _data_dir(config)
+  try:
+    with _quiet():
+      return PackedText(config=builder_config, data_dir=root, file_format="array_record")
+  except (AssertionError, ValueError, json_format.ParseError) as error:
+    raise _damaged(os.path.join(root, PackedText.name, name, BUILDER_VERSION), error) from error
 
 
 def _open(builder: PackedText) -> dict[Split, Sequence[Record]]:
@@ -197,17 +201,32 @@ def _open(builder: PackedText) -> dict[Split, Sequence[Record]]:
         if any(values is None for values in record.values()):
           raise RuntimeError("records are missing")
   except (KeyError, OSError, RuntimeError) as error:
-    raise UserError(
-      f"the prepared data in {os.fspath(builder.data_path)!r} are damaged ({error}); "
-      "delete that folder to have them made again."
-    ) from error
+    raise _damaged(os.fspath(builder.data_path), error) from error
   return sources
+
+
+def _read_counts(builder: PackedText) -> tuple[dict[Split, PackingCounts], dict[Split, int]]:
+  """Returns what was packed and the bytes of text, for each split, from metadata.json."""
+  try:
+    counts = {split: dict(builder.info.metadata[split.value]) for split in Split}
+    text_bytes = {split: int(counts[split].pop("text_bytes")) for split in Split}
+    return {split: PackingCounts(**counts[split]) for split in Split}, text_bytes
+  except (KeyError, TypeError, ValueError) as error:
+    raise _damaged(os.fspath(builder.data_path), f"metadata.json: {error}") from error
+
+
+def _damaged(folder: str, reason: object) -> UserError:
+  return UserError(
+    f"the prepared data in {folder!r} are damaged ({reason}); "
+    "delete that folder to have them made again."
+  )
 
 
 def _data_dir(config: DataConfig) -> str:
   """Returns the root of all prepared data sets."""
-  standard = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-  return os.path.abspath(os.path.expanduser(config.data_dir or standard))
+  folder = config.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+  check_local(folder)
+  return os.path.abspath(os.path.expanduser(folder))
 
 
 def _make(config: DataConfig, builder: PackedText) -> None:

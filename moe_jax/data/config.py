@@ -19,7 +19,8 @@ class DataConfig:
       TFDS_DATA_DIR, otherwise ~/tensorflow_datasets).
 
   Raises:
-    UserError: an unknown name, or a sequence_length that is no integer from 2 up.
+    UserError: an unknown name, a sequence_length that is no integer from 2 up, or a data_dir that
+      is no local folder.
   """
 
   corpus: str = "sotu_1790_1870"
@@ -33,3 +34,13 @@ class DataConfig:
     length = self.sequence_length
     if not isinstance(length, int) or isinstance(length, bool) or length < 2:
       raise UserError(f"sequence_length is {length!r}, but must be an integer of at least 2.")
+    check_local(self.data_dir)
+
+
+def check_local(folder: str) -> None:
+  """Raises UserError for a URL: its slashes would make local folders of strange names."""
+  if "://" in str(folder):
+    raise UserError(
+      f"data_dir is {folder!r}, but must be a local folder; mount the bucket, or leave data_dir"
+      " empty and TFDS_DATA_DIR unset for ~/tensorflow_datasets."
+    )

@@ -9,8 +9,11 @@ from flax import nnx
 from moe_jax.errors import UserError
 from moe_jax.models import Decoder
 
-# Float32 arithmetic takes smaller numbers for 0, and 0 / 0 draws nothing sensible.
-_COLDEST = 1e-37
+# Float32 arithmetic takes smaller numbers for 0, and 0 / 0 draws nothing sensible; it takes numbers
+# a little larger than the hottest for infinity.
+_COLDEST, _HOTTEST = 1e-37, 1e37
+# The cache has a place for every new token from the start: more is a slip of the hand.
+_MOST_NEW_TOKENS = 2**20
 
 
 def generate(
@@ -33,7 +36,7 @@ def generate(
   Args:
     model: the language model; run as outside training.
     tokens: (B, L) int32 prompts, L >= 1.
-    max_new_tokens: tokens to add to every row.
+    max_new_tokens: tokens to add to every row, 0 to 2**20.
     temperature: 0 takes the likeliest token; otherwise samples from softmax(logits / temperature).
     use_cache: keep keys and values. Without it every step runs the whole prefix and compiles for
       its length: a slow reference.
@@ -51,7 +54,11 @@ def generate(
   tokens = jnp.asarray(tokens)
   token_mask = jnp.ones(tokens.shape, bool) if token_mask is None else jnp.asarray(token_mask)
   _check_prompts(tokens, token_mask, model.config.vocab_size)
-  _check_sampling(max_new_tokens, temperature, key)
+  check_sampling(max_new_tokens, temperature)
+  if temperature > 0 and key is None:
+    raise UserError(
+      f"temperature = {temperature} samples: key = None was given, a jax.random.key is needed"
+    )
   tokens = tokens.astype(jnp.int32)
   if max_new_tokens == 0:
     return tokens
@@ -142,19 +149,19 @@ def _check_prompts(tokens, token_mask, vocab_size: int) -> None:
     )
 
 
-def check_temperature(temperature: float) -> None:
-  """Raises UserError unless `temperature` is 0 (greedy) or a number that float32 can divide by."""
-  if temperature != 0 and not temperature >= _COLDEST:
+def check_sampling(max_new_tokens: int, temperature: float) -> None:
+  """Raises UserError unless both are in range.
+
+  Args:
+    max_new_tokens: 0 to 2**20.
+    temperature: 0 (greedy) or a number that float32 can divide by.
+  """
+  if not 0 <= max_new_tokens <= _MOST_NEW_TOKENS:
     raise UserError(
-      f"temperature = {temperature} is refused: it must be 0 (greedy) or at least {_COLDEST}"
+      f"max_new_tokens = {max_new_tokens} is refused: it must be from 0 to {_MOST_NEW_TOKENS}"
     )
-
-
-def _check_sampling(max_new_tokens, temperature, key) -> None:
-  if max_new_tokens < 0:
-    raise UserError(f"max_new_tokens = {max_new_tokens} is refused: it must be 0 or greater")
-  check_temperature(temperature)
-  if temperature > 0 and key is None:
+  if temperature != 0 and not _COLDEST <= temperature <= _HOTTEST:
     raise UserError(
-      f"temperature = {temperature} samples: key = None was given, a jax.random.key is needed"
+      f"temperature = {temperature} is refused: it must be 0 (greedy) or from {_COLDEST} to"
+      f" {_HOTTEST}"
     )

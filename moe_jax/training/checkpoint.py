@@ -15,14 +15,25 @@ from moe_jax.training.config import CheckpointConfig
 from moe_jax.training.state import TrainState
 
 _FOLDER = "checkpoints"
+_REASON_LENGTH = 200
 
 
 class Checkpoints:
-  """Saves in the background and restores the latest; use as a context manager."""
+  """Saves in the background and restores the latest; use as a context manager.
+
+  Attributes:
+    folder: holds one folder a step.
+
+  Raises:
+    UserError: there is a file in the folder's place.
+  """
 
   def __init__(self, workdir: Path, config: CheckpointConfig):
+    self.folder = workdir / _FOLDER
+    if self.folder.exists() and not self.folder.is_dir():
+      raise UserError(f"{self.folder} is a file, expected the folder of checkpoints; remove it")
     self._manager = ocp.CheckpointManager(
-      (workdir / _FOLDER).absolute(),
+      self.folder.absolute(),
       options=ocp.CheckpointManagerOptions(
         max_to_keep=config.keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
       ),
@@ -51,12 +62,17 @@ class Checkpoints:
     self._manager.wait_until_finished()
 
   def restore(self, step: int, template: TrainState) -> tuple[TrainState, dict[str, Any]]:
-    """Restores a step into the shapes, dtypes and shardings of `template` (abstract arrays)."""
-    restored = self._manager.restore(
+    """Restores a step into the shapes, dtypes and shardings of `template` (abstract arrays).
+
+    Raises:
+      UserError: the checkpoint is damaged, or of another model.
+    """
+    restored = _restore(
+      self._manager,
+      self.folder,
       step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(template), data=ocp.args.JsonRestore()
-      ),
+      state=ocp.args.StandardRestore(template),
+      data=ocp.args.JsonRestore(),
     )
     return restored.state, restored.data
 
@@ -67,7 +83,7 @@ def restore_model(
   """Returns (step, model variables) of a run's checkpoint, the latest if `step` is None.
 
   Raises:
-    UserError: the run has no checkpoint, or not that one.
+    UserError: the run has no checkpoint, or not that one, or it is damaged.
   """
   folder = workdir / _FOLDER
   if not folder.is_dir():
@@ -83,7 +99,22 @@ def restore_model(
         f"{', '.join(map(str, steps))})"
       )
     step = steps[-1] if step is None else step
-    state = manager.restore(
-      step, args=ocp.args.Composite(state=ocp.args.StandardRestore(template))
-    ).state
+    state = _restore(manager, folder, step, state=ocp.args.StandardRestore(template)).state
   return step, state.model
+
+
+def damaged(folder: Path, error: Exception) -> UserError:
+  """Explains that the checkpoint in `folder` cannot be read, and how to do without it."""
+  reason = (str(error).splitlines() or [""])[0][:_REASON_LENGTH]
+  return UserError(
+    f"the checkpoint {folder} is damaged or of another model ({type(error).__name__}: {reason});"
+    " delete that folder to fall back to the checkpoint before it, if there is one"
+  )
+
+
+def _restore(manager: ocp.CheckpointManager, folder: Path, step: int, **items: Any) -> Any:
+  try:
+    return manager.restore(step, args=ocp.args.Composite(**items))
+  # Orbax raises whatever its parts do, plain Exception included; only its own code runs here.
+  except Exception as error:
+    raise damaged(folder / str(step), error) from error

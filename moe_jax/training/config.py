@@ -2,15 +2,14 @@
 
 import dataclasses
 import enum
-import math
 from typing import Any
 
 from moe_jax.choices import as_choice
-from moe_jax.config import dataclass_from
+from moe_jax.config import dataclass_from, section
 from moe_jax.data.config import DataConfig
 from moe_jax.data.tokenizers import get_tokenizer
 from moe_jax.errors import UserError
-from moe_jax.inference.generate import check_temperature
+from moe_jax.inference.generate import check_sampling
 from moe_jax.models import ModelConfig
 from moe_jax.moe import MoEConfig, Overflow
 from moe_jax.moe.registry import Chooser
@@ -64,7 +63,6 @@ class OptimizerConfig:
       "b2",
     )
     _below(self, 1, "b1", "b2")
-    _below(self, math.inf, "learning_rate", "weight_decay")
     if not 0 < self.epsilon:
       raise UserError(f"epsilon = {self.epsilon} is refused: it must be greater than 0")
     if self.final_fraction > 1:
@@ -128,7 +126,6 @@ class RepairConfig:
   def __post_init__(self):
     object.__setattr__(self, "init", as_choice(RepairInit, "init", self.init))
     _at_least(self, 0, "every", "threshold", "noise")
-    _below(self, math.inf, "noise")
     if self.threshold > 1:
       raise UserError(f"threshold = {self.threshold} is refused: it must be at most 1")
 
@@ -158,8 +155,7 @@ class SampleConfig:
   temperature: float = 0.8
 
   def __post_init__(self):
-    _at_least(self, 0, "max_new_tokens")
-    check_temperature(self.temperature)
+    check_sampling(self.max_new_tokens, self.temperature)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,6 +199,7 @@ class ExperimentConfig:
     _at_least(self, 0, "seed")
     _below(self, 2**32, "seed")
     _at_least(self, 1, "steps", "batch_size", "accumulation_steps")
+    _below(self, 2**31, "steps")  # counted in int32
     if self.batch_size % self.accumulation_steps:
       raise UserError(
         f"accumulation_steps = {self.accumulation_steps} does not divide batch_size"
@@ -240,17 +237,20 @@ def experiment_from(mapping: Any) -> ExperimentConfig:
   Raises:
     UserError: see `dataclass_from`; paths are those of the file, such as config.moe.top_k.
   """
-  sections = {str(key): mapping[key] for key in mapping.keys()}
+  sections = section(mapping, "config")
   data = dataclass_from(DataConfig, sections.get("data", {}), "config.data")
   moe = sections.pop("moe", None)
-  model = {str(key): value for key, value in dict(sections.get("model", {})).items()}
+  model = section(sections.get("model", {}), "config.model")
   if moe is not None:
     model["moe"] = dataclass_from(MoEConfig, moe, "config.moe")
   vocab_size = get_tokenizer(data.tokenizer).vocab_size
-  if model.setdefault("vocab_size", vocab_size) < vocab_size:
+  sections["model"] = dataclass_from(
+    ModelConfig, {"vocab_size": vocab_size} | model, "config.model"
+  )
+  if sections["model"].vocab_size < vocab_size:
     raise UserError(
-      f"config.model.vocab_size = {model['vocab_size']} is refused: the tokenizer"
-      f" {data.tokenizer} has {vocab_size} ids; leave it out, or give at least {vocab_size}"
+      f"config.model.vocab_size = {sections['model'].vocab_size} is refused: the tokenizer"
+      f" {data.tokenizer} has {vocab_size} ids; give at least {vocab_size}, or take the field out"
+      " of the config file"
     )
-  sections["model"] = dataclass_from(ModelConfig, model, "config.model")
   return dataclass_from(ExperimentConfig, sections, "config")

@@ -1,25 +1,25 @@
 """The training loop."""
 
 import contextlib
-import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from moe_jax.data.builders import PreparedData
 from moe_jax.data.loader import train_iterator
 from moe_jax.data.loader_state import StreamIdentity, restore_state, save_state
 from moe_jax.errors import UserError
-from moe_jax.training.checkpoint import Checkpoints
+from moe_jax.training.checkpoint import Checkpoints, damaged
 from moe_jax.training.config import ExperimentConfig
 from moe_jax.training.evaluate import Evaluator
 from moe_jax.training.optimizer import make_optimizer
 from moe_jax.training.state import TrainState, abstract_state, init_state
 from moe_jax.training.step import make_train_step
-from moe_jax.training.writers import Progress, open_writers
+from moe_jax.training.writers import Progress, check_rows, open_writers
 
 
 def run_steps(
@@ -36,7 +36,7 @@ def run_steps(
     checkpoints tell.
 
   Raises:
-    UserError: the run has diverged.
+    UserError: the run has diverged, or what an earlier process left of it is damaged.
   """
   started = time.monotonic()
   optimizer = make_optimizer(config.optimizer, config.steps)
@@ -48,6 +48,7 @@ def run_steps(
   with contextlib.ExitStack() as stack:
     checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint))
     state, first, earlier = _restore_or_init(config, optimizer, checkpoints, batches, identity)
+    check_rows(workdir, first, (s for s in range(1, first + 1) if _is_logged(s, config)))
     writers = [
       stack.enter_context(contextlib.closing(w)) for w in open_writers(config.log, workdir, first)
     ]
@@ -57,9 +58,9 @@ def run_steps(
     clock = _Clock(config)
     for step in range(first + 1, config.steps + 1):
       state, metrics = train_step(state, next(batches))
-      evaluating = _is_due(step, config.eval.every, config.steps)
       saving = _is_due(step, config.checkpoint.every, config.steps)
-      if evaluating or _is_due(step, config.log.every, config.steps):
+      if _is_logged(step, config):
+        evaluating = _is_due(step, config.eval.every, config.steps)
         row = clock.row(step, metrics)
         if evaluating:
           row |= _evaluate(evaluator, state)
@@ -69,7 +70,7 @@ def run_steps(
           writer.write(row)
         progress.update(row)
       if saving:
-        _check_finite(step, metrics)
+        _check_finite(step, jax.device_get(metrics))
         for writer in writers:
           writer.sync()
         seconds = earlier + time.monotonic() - started
@@ -80,6 +81,10 @@ def run_steps(
 
 def _is_due(step: int, every: int, last: int) -> bool:
   return step == last or step % every == 0
+
+
+def _is_logged(step: int, config: ExperimentConfig) -> bool:
+  return any(_is_due(step, every, config.steps) for every in (config.eval.every, config.log.every))
 
 
 class _Clock:
@@ -117,16 +122,22 @@ def _restore_or_init(config, optimizer, checkpoints, batches, identity):
     return init_state(config.model, optimizer, config.seed, config.repair), 0, 0.0
   template = abstract_state(config.model, optimizer, config.repair)
   state, place = checkpoints.restore(step, template)
-  restore_state(batches, place["stream"], identity)
-  return state, step, place["wall_seconds"]
+  try:
+    stream, seconds = place["stream"], float(place["wall_seconds"])
+  except (KeyError, TypeError, ValueError) as error:
+    raise damaged(checkpoints.folder / str(step), error) from error
+  restore_state(batches, stream, identity)
+  return state, step, seconds
 
 
 def _check_finite(step: int, metrics: Mapping[str, Any]) -> None:
   """Stops a run that has diverged, before a row or a checkpoint of it is written."""
-  for name in ("loss", "grad_norm", "eval_loss"):
-    if name in metrics and not math.isfinite(metrics[name]):
+  for name, value in metrics.items():
+    values = np.ravel([] if value is None else value)
+    faults = values[~np.isfinite(values)]
+    if faults.size:
       raise UserError(
-        f"{name} is {float(metrics[name])} at step {step}: the run has diverged; lower"
+        f"{name} is {faults[0]} at step {step}: the run has diverged; lower"
         " optimizer.learning_rate or optimizer.clip_norm and start in a new workdir"
       )
 

@@ -14,19 +14,26 @@ CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 _LOCK_FILE = ".lock"
+_REMAKE_SUMMARY = "delete that file and train again to have it made anew"
+# Sections and fields of a config that change nothing a run has written or will write.
+_NO_CONTENTS = ("report", "checkpoint", "data.data_dir", "log.tensorboard")
 # What a run that was killed before its config was in place leaves.
 _BEFORE_CONFIG = frozenset({_LOCK_FILE, CONFIG_FILE + ".tmp"})
 
 
 def write_json(path: Path, value: Any) -> None:
   """Writes JSON through a temporary file and a rename, so that no reader sees half of it."""
+  text = json.dumps(value, indent=2, allow_nan=False) + "\n"
   temporary = path.with_name(path.name + ".tmp")
-  with open(temporary, "w") as file:
-    json.dump(value, file, indent=2, allow_nan=False)
-    file.write("\n")
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
+  try:
+    with open(temporary, "w") as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  except BaseException:
+    temporary.unlink(missing_ok=True)
+    raise
 
 
 def check_run(workdir: Path, config: dict[str, Any]) -> None:
@@ -48,8 +55,8 @@ def check_run(workdir: Path, config: dict[str, Any]) -> None:
     difference = _difference(_identity(read_config(workdir)), _identity(config))
     if difference:
       raise UserError(
-        f"--workdir={workdir} holds a run of another config ({difference}); give the"
-        " same config to resume it, or another workdir"
+        f"--workdir={workdir} holds a run of another config ({CONFIG_FILE}: {difference});"
+        " give the same config to resume it, or another workdir"
       )
   elif workdir.is_dir() and any(path.name not in _BEFORE_CONFIG for path in workdir.iterdir()):
     raise UserError(
@@ -65,7 +72,8 @@ def claim_run(workdir: Path, config: dict[str, Any]) -> Iterator[None]:
   The kernel frees the lock even of a killed process.
 
   Raises:
-    UserError: the folder cannot be written, or another process is training in it.
+    UserError: the folder cannot be written, another process is training in it, or it holds a run
+      of another config.
   """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -82,6 +90,8 @@ def claim_run(workdir: Path, config: dict[str, Any]) -> Iterator[None]:
         f"--workdir={workdir}: another process is training there; wait for it, or give another"
         " workdir"
       ) from None
+    # Another process may have begun a run of its own since the folder was last checked.
+    check_run(workdir, config)
     if not (workdir / CONFIG_FILE).exists() or read_config(workdir) != _as_json(config):
       write_json(workdir / CONFIG_FILE, config)
     yield
@@ -94,19 +104,53 @@ def read_config(workdir: Path) -> dict[str, Any]:
     UserError: `workdir` is no run folder, or its config is damaged.
   """
   path = workdir / CONFIG_FILE
+  if not path.exists():
+    raise UserError(f"{workdir} holds no {CONFIG_FILE}; expected a folder made by moe-jax train")
+  return _read_object(path, "give another workdir")
+
+
+def read_summary(workdir: Path) -> dict[str, Any]:
+  """Returns the summary of a finished run.
+
+  Raises:
+    UserError: the file is damaged.
+  """
+  return _read_object(workdir / SUMMARY_FILE, _REMAKE_SUMMARY)
+
+
+def damaged_summary(workdir: Path, error: Exception) -> UserError:
+  """Explains that the summary is JSON, but not of the contents that a run writes."""
+  return _damaged(workdir / SUMMARY_FILE, f"{type(error).__name__}: {error}", _REMAKE_SUMMARY)
+
+
+def _read_object(path: Path, remedy: str) -> dict[str, Any]:
   try:
-    return json.loads(path.read_text())
-  except FileNotFoundError:
-    raise UserError(
-      f"{workdir} holds no {CONFIG_FILE}; expected a folder made by moe-jax train"
-    ) from None
+    content = json.loads(path.read_bytes())
   except ValueError as error:
-    raise UserError(f"{path} is damaged ({error}); give another workdir") from error
+    raise _damaged(path, error, remedy) from error
+  if not isinstance(content, dict):
+    raise _damaged(path, f"{content!r:.40} is no JSON object", remedy)
+  return content
+
+
+def _damaged(path: Path, reason: Any, remedy: str) -> UserError:
+  return UserError(f"{path} is damaged ({reason}); {remedy}")
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
-  """Returns what decides a run's numbers: how it is reported does not."""
-  return {name: value for name, value in _as_json(config).items() if name != "report"}
+  """Returns what decides the contents of a run: its metrics, parameters, summary.
+
+  Where its data and checkpoints lie, how many are kept, and how it is shown are not among them.
+  Which steps are logged and which text is sampled are: one file cannot hold two answers.
+  """
+  identity = _as_json(config)
+  for name in _NO_CONTENTS:
+    section, _, field = name.partition(".")
+    if not field:
+      identity.pop(section, None)
+    elif isinstance(identity.get(section), dict):
+      identity[section].pop(field, None)
+  return identity
 
 
 def _as_json(config: dict[str, Any]) -> dict[str, Any]:

@@ -4,10 +4,11 @@ from pathlib import Path
 
 from flax import nnx
 
+from moe_jax.errors import UserError
 from moe_jax.training.checkpoint import restore_model
 from moe_jax.training.config import ExperimentConfig, experiment_from
 from moe_jax.training.optimizer import make_optimizer
-from moe_jax.training.run_folder import read_config
+from moe_jax.training.run_folder import CONFIG_FILE, read_config
 from moe_jax.training.state import abstract_state
 
 
@@ -17,9 +18,15 @@ def load_run(workdir: Path, step: int | None = None) -> tuple[ExperimentConfig, 
   With `model_graph(config.model)` the variables, parameters and router state, make a model.
 
   Raises:
-    UserError: the folder is no run's, or has no such checkpoint.
+    UserError: the folder is no run's, has no such checkpoint, or is damaged.
   """
-  config = experiment_from(read_config(workdir))
+  mapping = read_config(workdir)
+  try:
+    config = experiment_from(mapping)
+  except UserError as error:
+    raise UserError(
+      f"{workdir / CONFIG_FILE} is damaged or of another version of moe_jax: {error}"
+    ) from error
   optimizer = make_optimizer(config.optimizer, config.steps)
   template = abstract_state(config.model, optimizer, config.repair)
   step, model = restore_model(workdir, template, step)

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +49,49 @@ def cut_after(path: Path, step: int) -> None:
   """Drops the rows beyond `step`, and a last line that a kill cut short."""
   if not path.exists():
     return
-  kept = []
-  for line in path.read_text().splitlines(keepends=True):
-    if not line.endswith("\n") or json.loads(line)["step"] > step:
-      break
-    kept.append(line)
+  kept = [line for _, line in _rows_until(path, step)]
   temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text("".join(kept))
+  temporary.write_bytes(b"".join(kept))
   os.replace(temporary, path)
+
+
+def check_rows(workdir: Path, restored_step: int, due: Iterable[int]) -> None:
+  """Checks, without writing, that metrics.jsonl holds the rows that precede a checkpoint.
+
+  Args:
+    workdir: the run folder.
+    restored_step: the step of the checkpoint.
+    due: the steps up to it that a run logs.
+
+  Raises:
+    UserError: a row is missing or damaged; going on would leave a gap in the metrics.
+  """
+  path = workdir / METRICS_FILE
+  held = {step for step, _ in _rows_until(path, restored_step)} if path.exists() else set()
+  lost = next((step for step in due if step not in held), None)
+  if lost is not None:
+    raise UserError(
+      f"{path} lacks the row of step {lost}, and the checkpoint to go on from is of step"
+      f" {restored_step}; delete the folders of {workdir / 'checkpoints'} from step {lost} on to"
+      " train those steps again, or start in another workdir"
+    )
+
+
+def _rows_until(path: Path, last: int) -> Iterator[tuple[int, bytes]]:
+  """Yields (step, line) of the rows up to step `last`; ends at a line that a kill cut short."""
+  for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+    if not line.endswith(b"\n"):
+      return
+    try:
+      step = int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+      raise UserError(
+        f"{path} is damaged: line {number} is no row of metrics; mend it, or start in another"
+        " workdir"
+      ) from None
+    if step > last:
+      return
+    yield step, line
 
 
 class TensorBoardWriter:

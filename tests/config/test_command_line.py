@@ -1,5 +1,6 @@
 """Command lines against a small config file: good ones, and a table of bad ones."""
 
+import os
 import subprocess
 import sys
 
@@ -47,6 +48,8 @@ def _project_with_configs(tmp_path, monkeypatch):
     "wrong": "def get_config():\n  return 3",
     "syntax": "def get_config(:",
     "crash": "import a_module_that_does_not_exist",
+    "leaves": "raise SystemExit(0)",
+    "quits": "def get_config():\n  raise SystemExit",
   }
   (tmp_path / "configs").mkdir()
   for name, text in files.items():
@@ -181,6 +184,9 @@ def test_repeated_flag_of_folders_keeps_every_value_in_order():
     (["--config=configs/empty.py"], ["configs/empty.py", "get_config()"]),
     (["--config=configs/wrong.py"], ["returned int"]),
     (["--config=configs/syntax.py"], ["configs/syntax.py failed with SyntaxError"]),
+    (["--config=configs/leaves.py"], ["configs/leaves.py failed with SystemExit: 0"]),
+    (["--config=configs/quits.py"], ["configs/quits.py failed with SystemExit"]),
+    (["--config.name=\udcff"], ["--config.name=\\udcff", "UTF-8"]),
     (["--config=configs/crash.py"], ["configs/crash.py", "a_module_that_does_not_exist"]),
   ],
 )
@@ -204,6 +210,12 @@ def test_bad_command_line_names_the_fault_and_the_nearest_choice(words, fragment
     (["generate", "--workdir=a", "--prompt=b", "--temperature=hot"], ["'hot' is not a number"]),
     (["generate", "--workdir=a", "--prompt=two", "words"], ["'words'", "quote"]),
     (["generate", "--workdir=a"], ["needs --prompt=TEXT"]),
+    (["generate", "--workdir=a", "--prompt=\udcff"], ["--prompt=\\udcff", "UTF-8"]),
+    (["generate", "--workdir=a", "--prompt=b", "--seed=-1"], ["--seed=-1", "0 to 4294967295"]),
+    (["audit", "--preset=switch", "--seed=4294967296"], ["--seed=4294967296", "0 to 4294967295"]),
+    (["conventions", "--sample=x"], ["'x' is not an int from 0"]),
+    (["train", f"--config={'x' * 300}.py", "--workdir=a"], ["xxx.py", "name too long"]),
+    (["train", "--config=configs/plain.py/a.py", "--workdir=a"], ["configs/plain.py/a.py"]),
   ],
 )
 def test_fault_is_one_line_on_stderr_and_status_2(argv, fragments, capsys):
@@ -262,6 +274,34 @@ def test_interrupt_is_one_line_and_status_130(monkeypatch, capsys):
 
   assert _stand_in(monkeypatch, interrupt) == 130
   assert capsys.readouterr().err.strip() == "moe-jax: interrupted"
+
+
+def test_a_file_that_cannot_be_read_is_one_line_with_path_and_reason(monkeypatch, capsys):
+  assert _stand_in(monkeypatch, lambda args: open("configs")) == 2
+  error = capsys.readouterr().err
+  assert error.startswith("moe-jax: error: configs cannot be read or written (Is a directory)")
+  assert error.count("\n") == 1
+
+
+def test_a_file_that_cannot_be_replaced_is_named_by_its_own_name(tmp_path, monkeypatch, capsys):
+  (tmp_path / "new.tmp").touch()
+  assert _stand_in(monkeypatch, lambda args: os.replace("new.tmp", "configs")) == 2
+  assert capsys.readouterr().err.startswith("moe-jax: error: configs cannot be")
+
+
+def test_a_fault_of_the_system_without_a_file_keeps_its_traceback(monkeypatch):
+  def bug(args):
+    raise OSError("no file of the user's")
+
+  with pytest.raises(OSError, match="no file"):
+    _stand_in(monkeypatch, bug)
+
+
+def test_a_terminal_that_cannot_show_a_character_shows_another(tmp_path, monkeypatch):
+  with open(tmp_path / "out", "w", encoding="ascii") as terminal:
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert _stand_in(monkeypatch, lambda args: print("\N{EURO SIGN}")) == 0
+  assert (tmp_path / "out").read_text() == "?\n"
 
 
 def test_any_other_exception_keeps_its_traceback(monkeypatch):

@@ -139,6 +139,29 @@ def test_prepared_data_that_lost_a_file_are_refused(tiny_corpus, tmp_path, name)
     prepare(config)
 
 
+@pytest.mark.parametrize("name", ["metadata.json", "dataset_info.json"])
+@pytest.mark.parametrize("content", [None, "", "{", "{}", "null"])
+def test_prepared_data_that_no_longer_describe_themselves_are_refused(
+  tiny_corpus, tmp_path, name, content
+):
+  config = _config(tiny_corpus, tmp_path)
+  prepare(config)
+  (file,) = tmp_path.glob(f"packed_text/*/1.0.0/{name}")
+  if content is None:
+    file.unlink()
+  else:
+    file.write_text(content)
+  with pytest.raises(UserError, match="are damaged .* delete that folder") as caught:
+    prepare(config)
+  assert repr(str(file.parent)) in str(caught.value)
+
+
+def test_a_bucket_in_the_environment_is_refused(tiny_corpus, monkeypatch):
+  monkeypatch.setenv("TFDS_DATA_DIR", "gs://bucket")
+  with pytest.raises(UserError, match="'gs://bucket', but must be a local folder"):
+    prepare(_config(tiny_corpus, ""))
+
+
 @pytest.mark.parametrize("size", [0, 1000, 65536])
 def test_prepared_data_cut_short_are_refused(tiny_corpus, tmp_path, size):
   config = _config(tiny_corpus, tmp_path)

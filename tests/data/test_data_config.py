@@ -18,6 +18,7 @@ def test_defaults_are_valid():
     ("sequence_length", 1, "sequence_length is 1, but must be an integer of at least 2"),
     ("sequence_length", 128.0, "sequence_length is 128.0"),
     ("sequence_length", True, "sequence_length is True"),
+    ("data_dir", "gs://bucket/data", "'gs://bucket/data', but must be a local folder"),
   ],
 )
 def test_a_bad_value_is_named(field, value, message):

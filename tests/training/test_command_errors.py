@@ -7,6 +7,7 @@ from training import tiny
 from moe_jax.cli import main
 from moe_jax.errors import UserError
 from moe_jax.training.config import experiment_from
+from moe_jax.training.run_folder import write_json
 
 FAULTS = [
   (["--config.moe.num_expert=4"], ["num_expert", "num_experts"]),
@@ -33,9 +34,17 @@ FAULTS = [
   (["--config.data.sequence_length=1"], ["sequence_length"]),
   (["--config.seed=4294967296"], ["seed = 4294967296", "below"]),
   (["--config.moe.overflow=dropless", "--config.moe.capacity=16"], ["capacity = 16", "dropless"]),
-  (["--config.sample.temperature=nan"], ["temperature = nan"]),
+  (["--config.sample.temperature=nan"], ["sample.temperature is nan", "finite"]),
+  (["--config.sample.temperature=inf"], ["sample.temperature is inf", "finite"]),
+  (["--config.sample.temperature=1e300"], ["temperature = 1e+300", "1e+37"]),
+  (["--config.sample.max_new_tokens=2000000"], ["max_new_tokens = 2000000", "1048576"]),
+  (["--config.sample.prompt=\udcff"], ["udcff", "UTF-8"]),
+  (["--config.moe.z_loss_weight=inf"], ["moe.z_loss_weight is inf", "finite"]),
+  (["--config.model.init_scale=inf"], ["model.init_scale is inf", "finite"]),
+  (["--config.optimizer.clip_norm=inf"], ["optimizer.clip_norm is inf", "finite"]),
+  (["--config.steps=2147483648"], ["steps = 2147483648", "below 2147483648"]),
   (["--config.optimizer.b1=1.5"], ["b1 = 1.5", "below 1"]),
-  (["--config.optimizer.learning_rate=nan"], ["learning_rate = nan"]),
+  (["--config.optimizer.learning_rate=nan"], ["learning_rate is nan", "finite"]),
   (["--config.optimizer.epsilon=0.0"], ["epsilon = 0.0"]),
   (["--config.model.segments=(('attention:dense',2),)"], ["no moe block"]),
   (["--workdr=x"], ["workdr", "workdir"]),
@@ -92,6 +101,38 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused():
   mapping["model"]["vocab_size"] = 100
   with pytest.raises(UserError, match="vocab_size = 100 .* 259 ids"):
     experiment_from(mapping)
+
+
+@pytest.mark.parametrize(
+  "model, message",
+  [
+    (3, "config.model is 3, expected a section"),
+    ("abc", "config.model is 'abc', expected a section"),
+    (None, "config.model is None, expected a section"),
+    ({"vocab_size": "abc"}, "config.model.vocab_size is 'abc', expected an int"),
+    ({"vocab_size": None}, "config.model.vocab_size is None, expected an int"),
+  ],
+)
+def test_a_model_of_the_wrong_type_is_refused(model, message):
+  mapping = tiny.mapping()
+  mapping["model"] = mapping["model"] | model if isinstance(model, dict) else model
+  with pytest.raises(UserError, match=message):
+    experiment_from(mapping)
+
+
+@pytest.mark.parametrize("mapping", [[], 3, None])
+def test_an_experiment_that_is_no_section_is_refused(mapping):
+  with pytest.raises(UserError, match=r"^config is .*, expected a section"):
+    experiment_from(mapping)
+
+
+def test_json_that_cannot_be_written_leaves_nothing_behind(tmp_path):
+  path = tmp_path / "config.json"
+  write_json(path, {"a": 1})
+  before = path.read_bytes()
+  with pytest.raises(ValueError):
+    write_json(path, {"a": float("inf")})
+  assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_diverged_run_stops_with_one_sentence(tmp_path, capsys):

@@ -14,9 +14,11 @@ import pytest
 from training import tiny
 
 from moe_jax.cli import main
+from moe_jax.errors import UserError
 from moe_jax.provenance import source_commit
 from moe_jax.training.run_folder import claim_run
 from moe_jax.training.saved_run import load_run
+from moe_jax.training.writers import check_rows, cut_after
 
 WALL_CLOCK = {"tokens_per_second"}
 # Random numbers in every place that draws them, two microbatches, and checkpoints that fall between
@@ -129,13 +131,37 @@ def test_a_run_of_another_config_is_refused_and_left_alone(whole_run, capsys):
 
 
 def test_rows_beyond_the_checkpoint_and_a_torn_line_are_cut(tmp_path):
-  from moe_jax.training.writers import cut_after
-
   path = tmp_path / "metrics.jsonl"
   path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
   cut_after(path, 2)
   assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
   cut_after(tmp_path / "absent.jsonl", 2)
+
+
+@pytest.mark.parametrize(
+  "content, fragment",
+  [
+    (None, "lacks the row of step 1"),
+    ("", "lacks the row of step 1"),
+    ('{"step": 1}\n{"step": 2}', "lacks the row of step 2"),
+    ('{"step": 1}\n{"step": 3}\n', "lacks the row of step 2"),
+    ('{"step": 1}\ngarbage\n{"step": 3}\n', "line 2 is no row"),
+    ('{"step": 1}\n3\n{"step": 3}\n', "line 2 is no row"),
+  ],
+)
+def test_rows_that_a_checkpoint_comes_after_must_be_there(tmp_path, content, fragment):
+  path = tmp_path / "metrics.jsonl"
+  if content is not None:
+    path.write_text(content)
+  with pytest.raises(UserError, match=fragment):
+    check_rows(tmp_path, 3, [1, 2, 3])
+  assert content is None or path.read_text() == content
+
+
+def test_rows_beyond_the_checkpoint_may_be_damaged(tmp_path):
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\ngarbage\n{"s')
+  check_rows(tmp_path, 2, [1, 2])
+  check_rows(tmp_path, 0, [])
 
 
 def test_eval_and_generate_and_report_read_a_run(whole_run, capsys):
