@@ -28,6 +28,7 @@ class Command:
 
 
 _RUN = Flag("workdir", FlagKind.FOLDER, "folder of a run made by moe-jax train")
+_STEP = Flag("step", FlagKind.INTEGER, "checkpoint to read; the latest if absent", None)
 
 COMMANDS = {
   "train": Command(
@@ -39,9 +40,30 @@ COMMANDS = {
     ),
   ),
   "eval": Command(
-    "evaluate a checkpoint of a run",
-    "moe_jax.commands.training:evaluate",
-    (_RUN, Flag("step", FlagKind.INTEGER, "checkpoint to evaluate; the latest if absent", None)),
+    "evaluate a checkpoint of a run, also under other routers",
+    "moe_jax.commands.evaluation:evaluate",
+    (
+      _RUN,
+      _STEP,
+      Flag(
+        "arm",
+        FlagKind.TEXTS,
+        "evaluate once more with other routing fields, as top_k=2,weighting=renormalized; they"
+        " change the dropless router; repeatable",
+        (),
+      ),
+      Flag("replay", FlagKind.FILE, "a trace whose experts are forced on its own tokens", None),
+    ),
+  ),
+  "trace": Command(
+    "record which experts the held-out tokens ask for",
+    "moe_jax.commands.evaluation:trace",
+    (
+      _RUN,
+      _STEP,
+      Flag("out", FlagKind.FILE, "the .npz file to write"),
+      Flag("batches", FlagKind.INTEGER, "held-out batches to record", 4),
+    ),
   ),
   "generate": Command(
     "continue a prompt with the model of a run",
@@ -58,6 +80,23 @@ COMMANDS = {
     "write the report of a run: curves, routing, samples",
     "moe_jax.commands.reporting:report",
     (_RUN, Flag("compare", FlagKind.FOLDERS, "another run to set beside it; repeatable", ())),
+  ),
+  "conventions": Command(
+    "list the conventions of all router presets, or what sets two of them apart",
+    "moe_jax.commands.conventions:conventions",
+    (
+      Flag("diff", FlagKind.PAIR, "two presets to compare, also written --diff A B", None),
+      Flag("sample", FlagKind.INTEGER, "seed of the random logits that both route", 0),
+    ),
+  ),
+  "audit": Command(
+    "change later tokens of a model or router, report what leaks into earlier ones",
+    "moe_jax.commands.audit:audit",
+    (
+      Flag("config", FlagKind.CONFIG, "config file of a model, with a variant if it has any", None),
+      Flag("preset", FlagKind.TEXT, "a router preset instead of a model", None),
+      Flag("seed", FlagKind.INTEGER, "seed of parameters and tokens", 0),
+    ),
   ),
 }
 
@@ -122,7 +161,7 @@ def _command_help(name: str) -> str:
     rest += " [--config.FIELD=VALUE ...]"
     rows.append(("--config.FIELD=VALUE", "set one field, for example --config.moe.top_k=1"))
   return (
-    f"usage: {_PROGRAM} {name} {' '.join(needed)}{rest}\n\n"
+    f"usage: {' '.join([_PROGRAM, name, *needed])}{rest}\n\n"
     f"{command.help[0].upper()}{command.help[1:]}.\n\n"
     f"flags:\n{_aligned(rows)}"
   )

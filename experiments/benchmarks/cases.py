@@ -173,10 +173,10 @@ def _layer_case(
 
 
 def _moved_rows(rows: RaggedRows, key: jax.Array | None = None) -> TokenSums:
-  """Stands for experts without products: rows are looked up, weighed and summed."""
+  """Stands for experts without products: rows are looked up and summed."""
 
-  def network(x, scale, weights, key, product):
-    return (x.astype(jnp.float32) * scale[:, None]).astype(x.dtype)
+  def network(x, weights, key, product, last_product):
+    return x
 
   args = (rows.x, rows.weight, rows.moves, rows.rows_per_expert, {})
   return TokenSums(grouped_experts(network, *args))

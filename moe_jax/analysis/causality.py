@@ -8,7 +8,9 @@ Two questions, asked apart, both of one row (sequence) whose tokens from a posit
   slots, and an output depends on what else is in the batch: not a leak of the future, but results
   change with batch size and order.
 
-Rows are what counts: documents packed into one row share its routing group.
+So a router that serves tokens in order (`token_major`, by position) is causal however many rows
+share a group, and then depends on the batch. Rows are what counts: documents packed into one row
+share its routing group. A selection bias and the losses act between steps and are not looked at.
 """
 
 import dataclasses
@@ -44,10 +46,9 @@ class Leak:
 
   @property
   def verdict(self) -> str:
-    """Says in one sentence what was found."""
-    return f"{_sentence('future', self.future, self.future_causes)}; " + _sentence(
-      "batch", self.batch, self.batch_causes
-    )
+    """Says what was found, see `verdict`."""
+    found = self.future > 0, self.batch > 0
+    return verdict(*found, self.future_causes, self.batch_causes)
 
 
 def audit_router(
@@ -78,9 +79,9 @@ def audit_router(
   )
 
 
-def differs(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-  """Tells for each token (B, L) whether its decisions (B, L, X) changed."""
-  return np.any(np.abs(before - after) > _TOLERANCE, axis=-1)
+def differs(before: np.ndarray, after: np.ndarray, tolerance: float = _TOLERANCE) -> np.ndarray:
+  """Tells for each token (B, L) whether its decisions (B, L, X) changed by more than this."""
+  return np.any(np.abs(before - after) > tolerance, axis=-1)
 
 
 def future_causes(config: RoutingConfig, shape: tuple[int, int], *, train: bool) -> tuple[str, ...]:
@@ -134,12 +135,22 @@ def _placement_causes(config, train):
   return causes
 
 
-def _sentence(kind: str, share: float, causes: tuple[str, ...]) -> str:
-  leaks = {"future": "LEAKS the future", "batch": "depends on the rest of the batch"}[kind]
-  safe = {"future": "causal", "batch": "independent of the rest of the batch"}[kind]
-  if not share and not causes:
-    return safe
-  reason = " and ".join(causes) or "a selection that is registered as causal and is not"
-  if not share:
-    return f"{safe} on this sample, but not by design ({reason})"
-  return f"{leaks} ({reason})"
+def verdict(
+  future: bool, batch: bool, future_causes: tuple[str, ...], batch_causes: tuple[str, ...]
+) -> str:
+  """Says in words whether something leaked, or could, from the future and between sequences."""
+  first = _sentence(future, future_causes, "LEAKS the future", "is causal")
+  second = _sentence(
+    batch,
+    batch_causes,
+    "depends on the rest of the batch",
+    "is independent of the rest of the batch",
+  )
+  return f"{first}; it {second}"
+
+
+def _sentence(leaks: bool, causes: tuple[str, ...], bad: str, good: str) -> str:
+  reason = " and ".join(causes)
+  if leaks:
+    return f"{bad} ({reason or 'by a selection that is registered as causal and is not'})"
+  return f"{good} on this sample, but not by design ({reason})" if causes else good

@@ -1,4 +1,4 @@
-"""The commands `moe-jax train` and `moe-jax eval`."""
+"""The command `moe-jax train`."""
 
 import json
 from pathlib import Path
@@ -10,10 +10,8 @@ from moe_jax.commands.summary import summarize
 from moe_jax.data.builders import prepare
 from moe_jax.data.loader import steps_per_epoch
 from moe_jax.training.config import experiment_from
-from moe_jax.training.evaluate import Evaluator
 from moe_jax.training.loop import run_steps
 from moe_jax.training.run_folder import SUMMARY_FILE, check_run, claim_run, write_json
-from moe_jax.training.saved_run import load_run
 from moe_jax.training.writers import check_writers
 
 
@@ -37,23 +35,6 @@ def train(args: SimpleNamespace) -> None:
       write_json(workdir / SUMMARY_FILE, {**summary, "wall_seconds": wall_seconds})
     summary = json.loads((workdir / SUMMARY_FILE).read_text())
     print(_results(summary, workdir, write_report(workdir)))
-
-
-def evaluate(args: SimpleNamespace) -> None:
-  """Evaluates a checkpoint on the held-out split."""
-  workdir = Path(args.workdir)
-  config, step, params = load_run(workdir, args.step)
-  evaluator = Evaluator(config, prepare(config.data))
-  print(f"{workdir} at step {step}, held-out:")
-  for name, result in (
-    ("dropless", evaluator.dropless(params)),
-    ("at the training capacity", evaluator.at_training_capacity(params)),
-  ):
-    if result is not None:
-      print(
-        f"  {name}: {result.loss:.4f} nats per token, {result.bits_per_byte:.4f} bits per"
-        f" byte, {100 * result.dropped_fraction:.2f} % of assignments dropped"
-      )
 
 
 def _results(summary: dict[str, Any], workdir: Path, report: Path) -> str:

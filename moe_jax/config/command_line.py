@@ -23,7 +23,10 @@ class FlagKind(enum.Enum):
   CONFIG = "FILE[:VARIANT]"  # brings the --config.FIELD=VALUE overrides with it
   FOLDER = "DIR"
   FOLDERS = "DIR ..."  # repeatable; all values are kept, in order
+  FILE = "FILE"
   TEXT = "TEXT"
+  TEXTS = "TEXT ..."  # repeatable likewise
+  PAIR = "A,B"  # also as two words after the flag
   INTEGER = "INT"
   NUMBER = "NUMBER"
 
@@ -84,12 +87,19 @@ def _pairs(
     if equals:
       yield name, text
     elif name in table:
-      if not words:
-        raise UserError(f"--{name} needs a value: --{name}={table[name].kind.value}")
-      yield name, words.pop(0)
+      yield name, _next_words(words, table[name])
     else:
       takes_next = words and not words[0].startswith("--") and name.startswith(_OVERRIDE)
       yield name, words.pop(0) if takes_next else None
+
+
+def _next_words(words: list[str], flag: Flag) -> str:
+  """Takes the value of a flag written without "=" off the words; that of a pair is "A,B"."""
+  count = 2 if flag.kind is FlagKind.PAIR and "," not in "".join(words[:1]) else 1
+  flags = any(word.startswith("--") for word in words[1:count])
+  if len(words) < count or flags:
+    raise UserError(f"--{flag.name} needs a value: --{flag.name}={flag.kind.value}")
+  return ",".join(words.pop(0) for _ in range(count))
 
 
 def _is_known(name: str, table: dict[str, Flag]) -> bool:
@@ -124,7 +134,7 @@ def _value(flag: Flag, texts: list[str] | None, program: str) -> Any:
     if flag.default is REQUIRED:
       raise UserError(f"{program} needs --{flag.name}={flag.kind.value} ({flag.help})")
     return flag.default
-  if flag.kind is FlagKind.FOLDERS:
+  if flag.kind in (FlagKind.FOLDERS, FlagKind.TEXTS):
     return tuple(_convert(flag, text) for text in texts)
   return _convert(flag, texts[-1])
 
@@ -135,6 +145,8 @@ def _convert(flag: Flag, text: str) -> Any:
     return text
   if not text:
     raise UserError(f"--{flag.name}= is empty, expected --{flag.name}={flag.kind.value}")
+  if flag.kind is FlagKind.PAIR:
+    return _pair(flag, text)
   kinds = {FlagKind.INTEGER: (int, "an int"), FlagKind.NUMBER: (float, "a number")}
   convert, expected = kinds.get(flag.kind, (str, "text"))
   try:
@@ -143,8 +155,21 @@ def _convert(flag: Flag, text: str) -> Any:
     raise UserError(f"--{flag.name}={text}: {text!r} is not {expected}") from error
 
 
-def _load(source: str, overrides: list[tuple[str, str | None]]) -> Any:
+def _pair(flag: Flag, text: str) -> tuple[str, str]:
+  parts = tuple(part.strip() for part in text.split(","))
+  if len(parts) != 2 or not all(parts):
+    raise UserError(
+      f"--{flag.name}={text} does not name two things, expected --{flag.name}={flag.kind.value}"
+    )
+  return parts
+
+
+def _load(source: str | None, overrides: list[tuple[str, str | None]]) -> Any:
   """Loads the config file and applies the overrides in order."""
+  if source is None:
+    if overrides:
+      raise UserError(f"--{overrides[0][0]} changes a config, and --config=FILE was not given")
+    return None
   # Imported late: ml_collections takes longer to import than `moe-jax --help` takes to print.
   from moe_jax.config.load import load_config, override
 

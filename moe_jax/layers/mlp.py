@@ -13,6 +13,9 @@ from moe_jax.errors import UserError
 from moe_jax.layers.dropout import dropout
 from moe_jax.layers.parameters import parameter
 
+# (rows (..., D), weight) -> rows (..., D')
+Product = Callable[[jax.Array, jax.Array], jax.Array]
+
 
 class Activation(enum.StrEnum):
   """The nonlinearity; gated networks apply it to the gate."""
@@ -65,19 +68,18 @@ def feed_forward(
   key: jax.Array | None,
   config: FeedForwardConfig,
   *,
-  scale: jax.Array | None = None,
-  product: Callable[[jax.Array, jax.Array], jax.Array] = jnp.matmul,
+  product: Product = jnp.matmul,
+  last_product: Product = jnp.matmul,
 ) -> jax.Array:
   """Applies one network to x (..., D); `weights` has `up`, `down` and, if gated, `gate`.
 
   Args:
     x: (..., D), any float dtype; products are in it.
-    weights: the matrices, or whatever `product` takes for them.
+    weights: the matrices, or whatever the products take for them.
     key: turns dropout on.
     config: the network.
-    scale: (...) float32 factors of the results. They multiply the hidden activations, which the
-      last product maps linearly: the derivative by `scale` then needs no product of its own.
-    product: multiplies rows by a matrix.
+    product: multiplies rows by `gate` and `up`.
+    last_product: multiplies rows by `down`.
   """
   w = {name: value.astype(x.dtype) for name, value in weights.items()}
   act = _ACTIVATIONS[config.activation]
@@ -85,10 +87,7 @@ def feed_forward(
     hidden = act(product(x, w["gate"])) * product(x, w["up"])
   else:
     hidden = act(product(x, w["up"]))
-  hidden = dropout(hidden, config.dropout, key)
-  if scale is not None:
-    hidden = (hidden.astype(jnp.float32) * scale[..., None]).astype(x.dtype)
-  return product(hidden, w["down"])
+  return last_product(dropout(hidden, config.dropout, key), w["down"])
 
 
 def feed_forward_weights(

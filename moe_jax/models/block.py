@@ -8,7 +8,7 @@ from moe_jax.layers.dropout import dropout, split_key
 from moe_jax.layers.mlp import FeedForward
 from moe_jax.layers.norms import RMSNorm
 from moe_jax.models.config import ModelConfig
-from moe_jax.moe.layer import MoEAux, MoELayer, RouterInputs, TokenInfo
+from moe_jax.moe.layer import NO_INPUTS, MoEAux, MoELayer, RouterInputs, TokenInfo
 
 
 def _attention(config: ModelConfig, key: jax.Array) -> Attention:
@@ -58,7 +58,7 @@ class Block(nnx.Module):
     tokens: TokenInfo,
     cache: KVCache | None,
     *,
-    inputs: RouterInputs,
+    inputs: RouterInputs = NO_INPUTS,
     key: jax.Array | None,
     train: bool,
   ) -> tuple[jax.Array, KVCache | None, MoEAux | None]:
@@ -74,8 +74,9 @@ class Block(nnx.Module):
     """Returns what the mixer and the feed-forward add to x, each (B, L, D); see `__call__`."""
     mixer_key, ff_key, drop_key = split_key(key, 3)
     first, cache = self.mixer(self.mixer_norm(x), context, cache, key=mixer_key)
-    normed = self.feed_forward_norm(x + first)
-    second, aux = self._feed_forward(normed, tokens, inputs, ff_key, train)
+    second, aux = self._feed_forward(
+      self.feed_forward_norm(x + first), tokens, inputs, ff_key, train
+    )
     return first, dropout(second, self.dropout_rate, drop_key), cache, aux
 
   def _feed_forward(self, x, tokens, inputs, key, train):

@@ -11,6 +11,7 @@ from moe_jax.models.depth_config import DepthConfig
 from moe_jax.moe.dispatch import Dispatch
 from moe_jax.moe.layer import MoEConfig
 from moe_jax.moe.options import Overflow
+from moe_jax.moe.registry import Chooser
 
 MIXERS = ("attention",)
 FEED_FORWARDS = ("dense", "moe")
@@ -106,6 +107,8 @@ class ModelConfig:
         f"segments = {self.segments} has no moe block, so moe would be ignored; leave"
         " moe out, or use for example 'attention:moe'"
       )
+    if self.moe is not None:
+      self.moe.check_width(self.model_dim)
     if self.moe is not None and self.moe.routing.selection == "table":
       raise UserError(
         "selection = table takes expert ids where a language model has vocabulary ids; use"
@@ -116,8 +119,6 @@ class ModelConfig:
         f"segments = {self.segments} and depth = {self.depth} contradict each other: blocks such"
         " as 'attention:dense:depth' need a depth section, and a depth section such blocks"
       )
-    if self.moe is not None:
-      self.moe.check_width(self.model_dim)
     # JSON gives lists, and a config must be hashable: it is part of what is compiled.
     object.__setattr__(self, "segments", tuple(map(tuple, self.segments)))
 
@@ -153,9 +154,10 @@ class ModelConfig:
   def dropless(self) -> "ModelConfig":
     """Returns this config with room for every token: an output depends on its own sequence only.
 
-    Uses ragged dispatch, which needs no capacity buffer.
+    Uses ragged dispatch, which needs no capacity buffer. Where experts choose tokens, or slots mix
+    them, nothing overflows and the config stays: outputs depend on the whole group by design.
     """
-    if self.moe is None:
+    if self.moe is None or self.moe.routing.selector.chooser != Chooser.TOKEN:
       return self
     config = self.with_routing(overflow=Overflow.DROPLESS, capacity=None)
     return dataclasses.replace(

@@ -15,7 +15,7 @@ from moe_jax.layers.rotary import RotaryTable, rotary_table
 from moe_jax.models.config import DEPTH, ModelConfig
 from moe_jax.models.depths import DepthAux, DepthCache
 from moe_jax.models.stack import ScannedSegment, SegmentCache
-from moe_jax.moe.layer import RouterInputs, TokenInfo
+from moe_jax.moe.layer import NO_INPUTS, RouterInputs, TokenInfo
 from moe_jax.moe.plan import DensePlan, RoutingPlan
 
 
@@ -86,7 +86,7 @@ class Decoder(nnx.Module):
     token_mask: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     positions: jax.Array | None = None,
-    router_inputs: RouterInputs = RouterInputs(),  # noqa: B008 (immutable)
+    router_inputs: RouterInputs = NO_INPUTS,
     return_aux: bool = False,
     train: bool = False,
     key: jax.Array | None = None,
@@ -161,7 +161,7 @@ class Decoder(nnx.Module):
     context = AttentionContext(self._rotary(positions), mask, cache.index)
     info = TokenInfo(token_mask, tokens)
     x, segments, _ = self._run(
-      info, context, cache.segments, inputs=RouterInputs(), key=None, train=False
+      info, context, cache.segments, inputs=NO_INPUTS, key=None, train=False
     )
     index = cache.index + tokens.shape[1]
     # An update beyond the last slot would silently overwrite earlier ones.
@@ -194,11 +194,10 @@ class Decoder(nnx.Module):
     )
     x = dropout(x, self.config.dropout, embed_key)
     caches = [None] * len(self.segments) if caches is None else caches
-    new_caches, records, first = [], [], 0
+    new_caches, records, layer = [], [], 0
     for segment, cache, segment_key in zip(self.segments, caches, keys, strict=True):
-      mine = slice(first, first + segment.num_moe_layers)
+      mine = slice(layer, layer := layer + segment.num_moe_layers)
       own = jax.tree.map(lambda a, mine=mine: a[mine], inputs)
-      first += segment.num_moe_layers
       x, cache, aux = segment(x, context, tokens, cache, inputs=own, key=segment_key, train=train)
       new_caches.append(cache)
       records.extend(aux)

@@ -18,7 +18,7 @@ from moe_jax.layers.parameters import parameter
 from moe_jax.models.block import Block
 from moe_jax.models.config import ModelConfig
 from moe_jax.models.depth_config import DepthScore
-from moe_jax.moe.layer import MoEAux, RouterInputs, TokenInfo
+from moe_jax.moe.layer import NO_INPUTS, MoEAux, RouterInputs, TokenInfo
 
 
 @jax.tree_util.register_dataclass
@@ -68,7 +68,7 @@ class DepthBlock(nnx.Module):
 
   @property
   def has_experts(self) -> bool:
-    """Whether the feed-forward is a MoE layer."""
+    """Whether the block's feed-forward is a MoE layer."""
     return self.block.has_experts
 
   def __call__(
@@ -78,7 +78,7 @@ class DepthBlock(nnx.Module):
     tokens: TokenInfo,
     cache: DepthCache | None,
     *,
-    inputs: RouterInputs,
+    inputs: RouterInputs = NO_INPUTS,
     key: jax.Array | None,
     train: bool,
   ) -> tuple[jax.Array, DepthCache | None, DepthAux]:
@@ -92,21 +92,22 @@ class DepthBlock(nnx.Module):
     weight_BL = jax.nn.sigmoid(logits_BL) if self.config.score == DepthScore.SIGMOID else logits_BL
     if train:
       taken_BL = best_BL
-      x, moe = self._run_best(x, weight_BL, (index_BC, among_BC), context, tokens, inputs, key)
+      x, moe = self._run_best(x, weight_BL, index_BC, among_BC, context, tokens, inputs, key)
     else:
       taken_BL = (logits_BL > 0) & tokens.mask
       x, cache, moe = self._run_all(x, weight_BL, taken_BL, context, tokens, cache, inputs)
     loss, metrics = _summaries(logits_BL, best_BL, taken_BL, tokens.mask)
     return x, cache, DepthAux(logits_BL, taken_BL, loss, metrics, moe)
 
-  def _run_best(self, x, weight_BL, best, context, tokens, inputs, key):
-    """Runs the block on the best tokens alone, see `best_tokens`."""
-    index_BC, among_BC = best
+  def _run_best(self, x, weight_BL, index_BC, among_BC, context, tokens, inputs, key):
+    """Runs the block on the tokens at `index` alone."""
     info = jax.tree.map(lambda a: _gather(a, index_BC), tokens)
     info = dataclasses.replace(info, mask=among_BC)
-    part, context = _gather(x, index_BC), _among(context, index_BC)
+    if inputs.expert_ids is not None:
+      inputs = dataclasses.replace(inputs, expert_ids=_gather(inputs.expert_ids, index_BC))
+    context = _among(context, index_BC)
     first, second, _, moe = self.block.branches(
-      part, context, info, None, inputs=inputs, key=key, train=True
+      _gather(x, index_BC), context, info, None, inputs=inputs, key=key, train=True
     )
     change = _scaled(first + second, _gather(weight_BL, index_BC), among_BC)
     rows = jnp.arange(x.shape[0])[:, None]

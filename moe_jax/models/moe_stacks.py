@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from moe_jax.models.config import DEPTH, ModelConfig
+from moe_jax.models.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +25,8 @@ def moe_stacks(config: ModelConfig) -> list[MoEStack]:
     blocks = [block for block, kind in enumerate(segment.pattern) if kind[1] == "moe"]
     for place, block in enumerate(blocks):
       layers = (first + repeat * len(blocks) + place for repeat in range(segment.repeats))
-      # A depth block holds an ordinary one.
-      inner = ("block",) if DEPTH in segment.pattern[block] else ()
+      # A depth block holds the block that some tokens take.
+      inner = ("block",) if segment.pattern[block][2:] else ()
       path = ("segments", index, "blocks", block, *inner, "feed_forward")
       stacks.append(MoEStack(path, tuple(layers)))
     first += len(blocks) * segment.repeats

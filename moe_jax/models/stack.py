@@ -9,7 +9,7 @@ from moe_jax.layers.attention import AttentionContext, KVCache
 from moe_jax.models.block import Block
 from moe_jax.models.config import ModelConfig, Remat, Segment
 from moe_jax.models.depths import DepthAux, DepthBlock, DepthCache
-from moe_jax.moe.layer import MoEAux, RouterInputs, TokenInfo
+from moe_jax.moe.layer import NO_INPUTS, MoEAux, RouterInputs, TokenInfo
 
 # One cache a block of the pattern, each stacked over the repeats; None without a cache.
 SegmentCache = tuple[KVCache | DepthCache | None, ...] | None
@@ -49,7 +49,7 @@ class ScannedSegment(nnx.Module):
     tokens: TokenInfo,
     cache: SegmentCache,
     *,
-    inputs: RouterInputs,
+    inputs: RouterInputs = NO_INPUTS,
     key: jax.Array | None,
     train: bool,
   ) -> tuple[jax.Array, SegmentCache, list[MoEAux | DepthAux]]:
@@ -81,10 +81,10 @@ def _make_block(config: ModelConfig, kind: tuple[str, ...], key: jax.Array) -> B
 def _run_pattern(blocks, x, context, tokens, cache, *, inputs, key, train):
   keys = [None] * len(blocks) if key is None else jax.random.split(key, len(blocks))
   caches = (None,) * len(blocks) if cache is None else cache
-  new_caches, records, moe_layers = [], [], 0
+  new_caches, records, layer = [], [], 0
   for block, block_cache, block_key in zip(blocks, caches, keys, strict=True):
-    own = _take(inputs, moe_layers) if block.has_experts else RouterInputs()
-    moe_layers += block.has_experts
+    own = _take(inputs, layer) if block.has_experts else NO_INPUTS
+    layer += block.has_experts
     x, new_cache, aux = block(
       x, context, tokens, block_cache, inputs=own, key=block_key, train=train
     )

@@ -3,13 +3,11 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.layers.mlp import FeedForwardConfig, feed_forward, feed_forward_weights
 from moe_jax.moe.dispatch import ExpertResults, ExpertRows, SlottedRows, TokenSums
 from moe_jax.moe.grouped import GroupedKernel, grouped_experts
-from moe_jax.moe.options import WeightOn
 
 
 class Experts(nnx.Module):
@@ -53,10 +51,8 @@ def apply_experts(
     apply = jax.vmap(functools.partial(feed_forward, config=config))
     return SlottedRows(apply(rows.rows, weights, keys))
 
-  def network(x, scale, w, key, product):
-    if rows.weight_on == WeightOn.INPUT:
-      x, scale = (x.astype(jnp.float32) * scale[:, None]).astype(x.dtype), None
-    return feed_forward(x, w, key, config, scale=scale, product=product)
+  def network(x, w, key, product, last_product):
+    return feed_forward(x, w, key, config, product=product, last_product=last_product)
 
   sums = grouped_experts(
     network,
@@ -65,6 +61,7 @@ def apply_experts(
     rows.moves,
     rows.rows_per_expert,
     weights,
+    weight_on=rows.weight_on,
     key=key,
     kernel=kernel,
   )

@@ -16,16 +16,17 @@ import jax.numpy as jnp
 from absl import logging
 
 from moe_jax.choices import as_choice
+from moe_jax.layers.mlp import Product
 from moe_jax.moe.kernels.blocked import block_rows, blocked_experts
 from moe_jax.moe.kernels.megablox import Megablox
 from moe_jax.moe.kernels.products import grouped_dot
 from moe_jax.moe.kernels.triton import Triton
 from moe_jax.moe.moves import Moves, collect, look_up, spread
+from moe_jax.moe.options import WeightOn
 
-# product(rows (M, D), weight) -> (M, D'); the weight is one expert's, or that of all experts.
-Product = Callable[[jax.Array, jax.Array], jax.Array]
-# network(rows (M, D), scale (M,) float32, weights, key or None, product) -> scaled rows (M, D)
-Network = Callable[[jax.Array, jax.Array, Any, jax.Array | None, Product], jax.Array]
+# network(rows (M, D), weights, key or None, product, last_product) -> rows (M, D). A product maps
+# rows and a weight to rows; the weights are those of one expert or, to other products, of all.
+Network = Callable[[jax.Array, Any, jax.Array | None, Product, Product], jax.Array]
 
 
 class GroupedKernel(enum.StrEnum):
@@ -53,6 +54,7 @@ def grouped_experts(
   rows_per_expert: jax.Array,
   weights: Any,
   *,
+  weight_on: WeightOn = WeightOn.OUTPUT,
   key: jax.Array | None = None,
   kernel: GroupedKernel = GroupedKernel.AUTO,
 ) -> jax.Array:
@@ -60,13 +62,14 @@ def grouped_experts(
 
   Args:
     network: one expert as a function of rows, each on its own, without biases. It multiplies by
-      weights only through `product`, and its result by `scale`. `blocked` calls it with the
-      weights of one expert, the other kernels once with those of all.
+      weights only through `product`, and makes its result by `last_product`. `blocked` calls it
+      with the weights of one expert, the other kernels once with those of all.
     x: (T, D) tokens.
     weight: (N,) the combine weight of each assignment, used in float32.
     moves: which of R rows, sorted by expert, each assignment sits in.
     rows_per_expert: (E,) int32, sums to at most R; no assignment sits in a row beyond the sum.
     weights: a pytree of (E, ...) arrays.
+    weight_on: whether combine weights multiply what enters an expert or what leaves it.
     key: random key for dropout; kernels draw different masks from one key.
     kernel: see `GroupedKernel`.
 
@@ -82,14 +85,17 @@ def grouped_experts(
     num_experts = rows_per_expert.shape[0]
     keys = None if key is None else jax.random.split(key, num_experts)
     block = block_rows(moves.assignment.size, num_experts)
-    return blocked_experts(network, block, x, weight, moves, rows_per_expert, weights, keys)
+    arrays = x, weight, moves, rows_per_expert, weights, keys
+    return blocked_experts(network, block, weight_on, *arrays)
 
   def product(rows, weights):
     return grouped_dot(_KERNELS[kernel], rows, weights, rows_per_expert)
 
-  scale = look_up(weight.astype(jnp.float32), moves.assignment)
-  out = network(spread(x, moves), scale, weights, key, product)
-  return collect(out, jnp.ones(moves.row.shape, jnp.float32), moves)
+  rows, weight = spread(x, moves), weight.astype(jnp.float32)
+  if weight_on == WeightOn.INPUT:
+    rows = (rows.astype(jnp.float32) * look_up(weight, moves.assignment)[:, None]).astype(x.dtype)
+    weight = jnp.ones_like(weight)
+  return collect(network(rows, weights, key, product, product), weight, moves)
 
 
 def resolve_kernel(kernel: GroupedKernel) -> GroupedKernel:

@@ -149,6 +149,9 @@ class RouterInputs:
   expert_ids: jax.Array | None = None
 
 
+NO_INPUTS = RouterInputs()
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MoEAux:
@@ -204,7 +207,7 @@ class MoELayer(nnx.Module):
     token_mask: jax.Array | None = None,
     token_ids: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
-    inputs: RouterInputs = RouterInputs(),  # noqa: B008 (immutable)
+    inputs: RouterInputs = NO_INPUTS,
     key: jax.Array | None = None,
     train: bool = False,
   ) -> tuple[jax.Array, MoEAux]:

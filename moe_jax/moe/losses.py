@@ -135,9 +135,12 @@ def load_loss(
     mask_GS: (G, S) bool.
     config: `top_k`, `load_threshold` and `balance_scope` are read.
   """
-  # With K = E every expert is selected whatever the noise.
   threshold_GSE = load_threshold(noisy_GSE, config)
-  probability_GSE = jax.scipy.stats.norm.cdf((logits_GSE - threshold_GSE) / std_GSE)
+  # With K = E every expert is selected whatever the noise. The derivative of an infinite distance
+  # by std is NaN, so none may enter the product.
+  certain_GSE = threshold_GSE == -jnp.inf
+  distance_GSE = (logits_GSE - jnp.where(certain_GSE, 0.0, threshold_GSE)) / std_GSE
+  probability_GSE = jnp.where(certain_GSE, 1.0, jax.scipy.stats.norm.cdf(distance_GSE))
   return importance_loss(probability_GSE * mask_GS[..., None], config)
 
 

@@ -261,9 +261,9 @@ PAPER_PRESETS: dict[str, dict] = {
     balance_scope=BalanceScope.GROUP,
     balance_loss_weight=0.003,
   ),
-  # OLMoE, arXiv 2409.02060: 8 of 64 experts, raw softmax weights (`norm_topk_prob` false), no drops,
-  # loss weights 0.01 and 0.001 (section 4.1); f divided by K and averaged over a device's batch as
-  # in MegaBlocks, where it was trained.
+  # OLMoE, arXiv 2409.02060: 8 of 64 experts, raw softmax weights (`norm_topk_prob` false), no
+  # drops, loss weights 0.01 and 0.001 (section 4.1); f divided by K and averaged over a device's
+  # batch as in MegaBlocks, where it was trained.
   "olmoe": dict(
     num_experts=64,
     top_k=8,
@@ -304,7 +304,7 @@ PAPER_PRESETS: dict[str, dict] = {
   ),
   # DeepSeek-V3, arXiv 2412.19437: sigmoid scores (Eq. 15), a bias for selection alone with speed
   # 0.001 (section 2.1.2), 8 of 256 experts within 4 of 8 groups by the sum of their two best,
-  # weights renormalised times 2.5, a loss for each sequence with alpha = 1e-4 (Eq. 17-20), no drops.
+  # weights renormalised times 2.5, no drops, a loss a sequence with alpha = 1e-4 (Eq. 17-20).
   "deepseek_v3": dict(
     num_experts=256,
     top_k=8,

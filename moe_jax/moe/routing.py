@@ -109,7 +109,8 @@ def _noise(logits, config, key, noise_scale, mask):
     return 0.0, None
   std = None
   if config.noise != Noise.GUMBEL:
-    std = scores.noise_std(logits.shape, config, noise_scale)
+    # Padding may hold anything, and the load loss divides by its standard deviation.
+    std = jnp.where(mask[..., None], scores.noise_std(logits.shape, config, noise_scale), 1.0)
   return jnp.where(mask[..., None], scores.draw_noise(logits.shape, config, key, std), 0.0), std
 
 

@@ -16,7 +16,10 @@ def ask(expert_GSK: jax.Array) -> TokenChoice:
 @register_selection("top_k", ranked=True)
 def top_k(view: SelectView, config: RoutingConfig) -> TokenChoice:
   """Selects the K largest; ties go to the lower expert id."""
-  return ask(jax.lax.top_k(view.ranking, config.top_k)[1])
+  _, expert_GSK = jax.lax.top_k(view.ranking, config.top_k)
+  # On CPU, XLA makes a full sort over E out of a top-k whose result is sliced, as the balance loss
+  # slices it: 22 ms for 4,096 tokens and 64 experts, where selecting takes 2.
+  return ask(jax.lax.optimization_barrier(expert_GSK))
 
 
 @register_selection("random_second", draws=True, ranked=True)

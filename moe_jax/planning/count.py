@@ -33,7 +33,8 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
   model = nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0)))
   total = routed = 0
   active = multiplied = fractions.Fraction(0)
-  for path, param in nnx.to_flat_state(nnx.split(model)[1]):
+  # Router state is no parameter: no gradient reaches it.
+  for path, param in nnx.to_flat_state(nnx.split(model, nnx.Param, ...)[1]):
     size, axes = math.prod(param.get_value().shape), param.get_metadata()["axes"]
     visits = _visits(config, path, axes)
     total += size

@@ -49,6 +49,10 @@ class Evaluator:
     """Evaluates with the drops of training; None for a model without experts."""
     return None if self._at_capacity is None else self._run(self._at_capacity, model)
 
+  def under(self, config: ModelConfig, model: nnx.State) -> EvalResult:
+    """Evaluates under another config with the same variables, for example another router."""
+    return self._run(make_eval_step(config), model)
+
   def _run(self, step: Callable, model: nnx.State) -> EvalResult:
     batches = eval_batches(self._data.heldout, self._batch_size)
     # One host transfer at the end: the device never waits for the host in between.

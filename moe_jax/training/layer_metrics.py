@@ -1,7 +1,8 @@
 """A layer's router metrics over a step: what is summed over microbatches, and the ratios of sums.
 
 A mean of ratios is not the ratio of the whole where microbatches hold different numbers of real
-tokens, so every metric is multiplied by its own denominator before it is summed.
+tokens, so every metric is multiplied by its own denominator before it is summed. The one exception:
+`slots_per_assignment` leaves out the slots of a microbatch without a real token, which help nobody.
 """
 
 import jax

@@ -105,7 +105,7 @@ def make_train_step(
       "loss": summed["loss"],
       "grad_norm": optax.tree.norm(grads),
       "learning_rate": schedule(state.step - 1),
-      **_depth_metrics(summed["depths"], config.model),
+      **_depth_metrics(summed["depths"], config),
       **_router_metrics(layers, summed["losses"], state, config, batch["tokens"].size),
     }
     return state, metrics
@@ -163,19 +163,23 @@ def _summands(loss: jax.Array, aux: ModelAux, share: Share) -> dict:
   """Returns what is summed over microbatches."""
   return {
     "loss": loss,
-    "losses": {name: value * share.losses for name, value in aux.losses.items()},
+    "losses": _scaled(aux.losses, share.losses),
     "layers": [summands(plan.metrics, share) for plan in aux.plans],
-    "depths": [
-      {name: value * share.tokens for name, value in {"loss": depth.loss, **depth.metrics}.items()}
-      for depth in aux.depths
-    ],
+    "depths": [_scaled({"loss": each.loss, **each.metrics}, share.tokens) for each in aux.depths],
   }
 
 
-def _depth_metrics(depths: list[Metrics], model: ModelConfig) -> Metrics:
-  """Names what the depth blocks did in a step, by layer."""
-  layers = zip(model.depth_layers(), depths, strict=True)
-  return {f"depth/layer_{i}/{name}": value for i, own in layers for name, value in own.items()}
+def _scaled(metrics: Metrics, factor: jax.Array) -> Metrics:
+  return {name: value * factor for name, value in metrics.items()}
+
+
+def _depth_metrics(depths: list[Metrics], config: ExperimentConfig) -> Metrics:
+  """Names the metrics of the blocks that only some tokens take."""
+  return {
+    f"depth/layer_{index}/{name}": value
+    for index, depth in zip(config.model.depth_layers(), depths, strict=True)
+    for name, value in depth.items()
+  }
 
 
 def _router_metrics(

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 from comparison import ROUTING_MARGIN, relative_error
+from moe.compiled import tensors
 from moe.oracle_draws import draws_of
 from oracles import capacity, decisions, losses, metrics, routing, scores
 
@@ -266,15 +267,18 @@ def assert_plan_matches(plan: RoutingPlan, expected: Expected) -> None:
   """Compares decisions exactly, and weights, losses and metrics to TOLERANCE."""
   assert expected.margin > ROUTING_MARGIN, "the input stands on the edge of a decision"
   assert_same_columns(plan, expected)
-  np.testing.assert_array_equal(plan.dispatch_mask(), expected.dispatch)
-  assert relative_error(plan.combine_weights(), expected.combine) <= TOLERANCE
+  dispatch, combine = tensors(plan)
+  np.testing.assert_array_equal(dispatch, expected.dispatch)
+  assert relative_error(combine, expected.combine) <= TOLERANCE
   assert (plan.identity is None) == (expected.identity is None)
   if plan.identity is not None:
     assert relative_error(plan.identity, expected.identity) <= TOLERANCE
   assert plan.losses.keys() == expected.losses.keys()
   for name, value in expected.losses.items():
     assert relative_error(plan.losses[name], value) <= TOLERANCE, name
-  assert plan.metrics.keys() - expected.metrics.keys() == {"max_violation_floor"}
+  # The floor is a Monte Carlo estimate; the load that balancing reads is judged over a whole step.
+  unjudged = {"max_violation_floor", "balance_load"}
+  assert plan.metrics.keys() - expected.metrics.keys() <= unjudged
   for name, value in expected.metrics.items():
     # Most are fractions: one that should be 0 may be off by a rounding of 1.
     error = np.max(np.abs(np.asarray(plan.metrics[name], np.float64) - value))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fast_compilation import compile_fast  # noqa: F401
 
 from moe_jax.errors import UserError
 from moe_jax.moe import MoEConfig, RoutingConfig, route
@@ -66,12 +67,13 @@ def test_quantile_bias_balances_skewed_scores_within_a_few_steps():
   rng = np.random.default_rng(0)
   logits = jnp.asarray(rng.normal(size=(1, 240, 4)) + [2.0, 1.0, 0.0, -2.0], jnp.float32)
   settings = config(top_k=2, bias_update="quantile", score="sigmoid", overflow="dropless")
+  step = jax.jit(lambda bias: route(logits, settings, bias=bias, train=True).metrics)
   bias = jnp.zeros(4)
   violation = []
   for _ in range(6):
-    plan = route(logits, settings, bias=bias, train=True)
-    violation.append(float(plan.metrics["max_violation"]))
-    bias = plan.metrics["bias_target"]
+    metrics = step(bias)
+    violation.append(float(metrics["max_violation"]))
+    bias = metrics["bias_target"]
   assert violation[0] > 0.5
   assert violation[-1] < 0.05
 
@@ -79,9 +81,47 @@ def test_quantile_bias_balances_skewed_scores_within_a_few_steps():
 def test_quantile_bias_is_collected_in_training_alone_and_of_real_experts():
   settings = config(top_k=2, bias_update="quantile", num_null_experts=3)
   logits = jnp.asarray(np.random.default_rng(1).normal(size=(1, 6, 7)), jnp.float32)
-  target = route(logits, settings, bias=jnp.zeros(7), train=True).metrics["bias_target"]
-  assert target.shape == (4,)
-  assert "bias_target" not in route(logits, settings, bias=jnp.zeros(7)).metrics
+
+  def collected(train):
+    return jax.eval_shape(
+      lambda logits: route(logits, settings, bias=jnp.zeros(7), train=train).metrics, logits
+    )
+
+  assert collected(train=True)["bias_target"].shape == (4,)
+  assert "bias_target" not in collected(train=False)
+
+
+@pytest.mark.parametrize(
+  "fraction, source, padding",
+  [
+    ("first_choice", "selection", "exclude"),
+    ("all_choices_mean", "dispatch", "exclude"),
+    ("all_choices", "selection", "flaxformer"),
+  ],
+)
+def test_collected_load_is_the_fraction_that_the_loss_uses(fraction, source, padding):
+  settings = config(
+    top_k=2,
+    capacity_factor=0.5,
+    balance_scope="global_batch",
+    balance_fraction=fraction,
+    balance_source=source,
+    loss_padding=padding,
+  )
+  logits = jnp.asarray(np.random.default_rng(2).normal(size=(2, 6, 4)), jnp.float32)
+  mask = jnp.asarray(np.arange(6) < np.array([[6], [2]]))
+
+  @jax.jit
+  def plan(load):
+    return route(logits, settings, token_mask=mask, global_load=load, train=True)
+
+  own = plan(None)
+  given = plan(own.metrics["balance_load"])
+  np.testing.assert_allclose(given.losses["load_balance"], own.losses["load_balance"], rtol=1e-6)
+  doubled = plan(2 * own.metrics["balance_load"])
+  np.testing.assert_allclose(
+    doubled.losses["load_balance"], 2 * own.losses["load_balance"], rtol=1e-6
+  )
 
 
 @pytest.mark.parametrize("fields", [dict(num_expert_groups=2), dict(top_k=4)])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe_jax.errors import UserError
-from moe_jax.moe import MoEConfig, MoELayer, RoutingConfig, preset, route
+from moe_jax.moe import MoEConfig, MoELayer, RoutingConfig, preset, register_selection, route
 
 
 def message(call, *arguments, **options):
@@ -41,6 +41,41 @@ def message(call, *arguments, **options):
     ({"z_loss_weight": -0.1}, "z_loss_weight = -0.1", "0 or greater"),
     ({"selection": "random_second", "top_k": 1}, "top_k = 1", "2 with selection"),
     ({"selection": "random_second", "top_k": 3}, "top_k = 3", "2 with selection"),
+    ({"selection": "threshold_second", "top_k": 1}, "top_k = 1", "2 with selection"),
+    ({"num_null_experts": -1}, "num_null_experts = -1", "0 or greater"),
+    ({"num_null_experts": 2, "top_k": 7}, "top_k = 7", "between 1 and num_experts + num_null"),
+    ({"num_null_experts": 1, "overflow": "reroute"}, "overflow = reroute", "drop or dropless"),
+    ({"num_expert_groups": 3}, "num_expert_groups = 3", "divisor of num_experts = 4"),
+    ({"num_expert_groups": 0}, "num_expert_groups = 0", "at least 1"),
+    ({"top_expert_groups": 2}, "top_expert_groups = 2", "between 1 and num_expert_groups = 1"),
+    ({"num_expert_groups": 2, "top_k": 3}, "top_k = 3", "at most 2, the experts in 1 groups of 2"),
+    (
+      {"num_expert_groups": 4, "group_score": "top2_sum"},
+      "group_score = top2_sum",
+      "max with a single expert per group",
+    ),
+    ({"num_expert_groups": 2, "num_null_experts": 1}, "num_null_experts = 1", "0 with"),
+    (
+      {"selection": "hierarchical", "num_expert_groups": 2, "top_expert_groups": 2, "top_k": 3},
+      "top_k = 3",
+      "a multiple of top_expert_groups = 2",
+    ),
+    ({"selection": "hierarchical", "score": "sigmoid"}, "score = sigmoid", "softmax with"),
+    ({"weighting": "sparsemixer"}, "weighting = sparsemixer", "selection = sparsemixer"),
+    ({"load_loss_weight": 0.1}, "load_loss_weight = 0.1", "0 without gaussian or learned noise"),
+    (
+      {"load_loss_weight": 0.1, "noise": "learned", "selection": "sample"},
+      "load_loss_weight = 0.1",
+      "0 with num_null_experts > 0 or a selection that is not top_k",
+    ),
+    ({"noise_std": 0.0}, "noise_std = 0.0", "greater than 0"),
+    ({"weight_scale": 0}, "weight_scale = 0", "greater than 0"),
+    ({"weight_norm_order": -1.0}, "weight_norm_order = -1.0", "greater than 0"),
+    ({"second_threshold": -0.1}, "second_threshold = -0.1", "0 or greater"),
+    ({"reroute_attempts": 0}, "reroute_attempts = 0", "at least 1"),
+    ({"hash_ngram": 0}, "hash_ngram = 0", "at least 1"),
+    ({"adaptive_factor": 1.0}, "adaptive_factor = 1.0", "greater than 1"),
+    ({"adaptive_target": 0.0}, "adaptive_target = 0.0", "greater than 0, or None"),
     ({"grouping": "fixed"}, "group_size = None", "at least 1 with grouping = fixed"),
     ({"grouping": "fixed", "group_size": 0}, "group_size = 0", "at least 1"),
     ({"group_size": 8}, "group_size = 8", "set grouping = fixed"),
@@ -55,7 +90,16 @@ def test_a_router_that_cannot_be_is_refused(fields, value, remedy):
 @pytest.mark.parametrize(
   ("name", "value", "nearest"),
   [
-    ("selection", "topk", "top_k"),
+    ("score", "soft_max", "softmax"),
+    ("noise", "gauss", "gaussian"),
+    ("granularity", "sequence", "segment"),
+    ("null_expert", "zeros", "zero"),
+    ("group_score", "top_2_sum", "top2_sum"),
+    ("bias_update", "signs", "sign"),
+    ("weight_on", "inputs", "input"),
+    ("balance_source", "dispatched", "dispatch"),
+    ("importance", "weight", "weights"),
+    ("load_threshold", "exclude", "exclude_self"),
     ("weighting", "renormalised", "renormalized"),
     ("capacity_convention", "per_tokens", "per_token"),
     ("capacity_rounding", "round", "round_half_even"),
@@ -73,6 +117,37 @@ def test_an_unknown_choice_names_the_valid_ones(name, value, nearest):
   assert f"{name} = {value!r}" in text and nearest in text
 
 
+def test_an_unknown_selection_names_the_nearest():
+  text = message(RoutingConfig, num_experts=4, selection="topk")
+  assert "selection = topk" in text and "did you mean top_k?" in text
+
+
+def test_a_name_of_a_selection_is_taken_once():
+  text = message(register_selection, "top_k")
+  assert "'top_k'" in text and "another name" in text
+
+
+RANKLESS = ("sample", "random", "hash", "table", "positive", "hierarchical")
+
+
+@pytest.mark.parametrize("selection", RANKLESS)
+@pytest.mark.parametrize(
+  "fields",
+  [
+    {"bias_update": "sign"},
+    {"overflow": "reroute"},
+    {"num_null_experts": 1},
+    {"num_expert_groups": 2},
+  ],
+)
+def test_what_needs_a_ranking_is_refused_where_experts_are_not_ranked(fields, selection):
+  if selection == "hierarchical" and "num_expert_groups" in fields:
+    return
+  ((name, value),) = fields.items()
+  text = message(RoutingConfig, num_experts=4, selection=selection, **fields)
+  assert f"{name} = {value}" in text and f"selection = {selection}" in text
+
+
 @pytest.mark.parametrize(
   ("fields", "value", "remedy"),
   [
@@ -82,6 +157,8 @@ def test_an_unknown_choice_names_the_valid_ones(name, value, nearest):
     ({"expert_dropout": 1.0}, "expert_dropout = 1.0", "[0, 1)"),
     ({"router_jitter": 1.0}, "router_jitter = 1.0", "[0, 1)"),
     ({"router_jitter": -0.1}, "router_jitter = -0.1", "[0, 1)"),
+    ({"shared_hidden_dim": -1}, "shared_hidden_dim = -1", "0 or greater"),
+    ({"shared_combine": "sum"}, "shared_combine = 'sum'", "coefficient"),
   ],
 )
 def test_a_layer_that_cannot_be_is_refused(fields, value, remedy):
@@ -118,3 +195,44 @@ def test_the_layer_refuses_a_transposed_mask_that_groups_would_hide(grouping):
   layer = MoELayer(8, MoEConfig(RoutingConfig(4, **grouping), 8), key=jax.random.key(0))
   text = message(layer, jnp.zeros((2, 6, 8)), token_mask=np.ones((6, 2), bool))
   assert "(6, 2)" in text and "(2, 6)" in text
+
+
+@pytest.mark.parametrize(
+  ("fields", "more", "fragments"),
+  [
+    ({"selection": "hash"}, {}, ("selection = hash", "token_ids: None")),
+    ({"selection": "table"}, {"token_ids": np.zeros((6, 2), int)}, ("(6, 2)", "(2, 6)")),
+    ({"selection": "table"}, {"token_ids": np.zeros((2, 6))}, ("float64", "integers")),
+    ({"granularity": "segment"}, {}, ("granularity = segment", "segment_ids: None")),
+    ({"balance_scope": "sequence"}, {}, ("balance_scope = sequence", "segment_ids: None")),
+    ({}, {"segment_ids": np.zeros((2, 5), int)}, ("segment_ids", "(2, 5)", "(2, 6)")),
+    ({}, {"bias": np.zeros((5,))}, ("bias", "(5,)", "(4,)")),
+    ({"selection": "hash"}, {"bias": np.zeros(4), "token_ids": np.zeros((2, 6), int)}, ("bias",)),
+    ({"num_null_experts": 2}, {}, ("(2, 6, 4)", "6 logits for num_experts = 4")),
+  ],
+)
+def test_arguments_that_a_router_needs_are_asked_for(fields, more, fragments):
+  text = message(route, jnp.zeros((2, 6, 4)), RoutingConfig(4, **fields), **more)
+  assert all(fragment in text for fragment in fragments), text
+
+
+@pytest.mark.parametrize("scale", [None, np.ones((2, 6, 5)), np.ones((6, 4))])
+def test_learned_noise_needs_a_scale_for_every_logit(scale):
+  config = RoutingConfig(4, noise="learned")
+  key = jax.random.key(0)
+  text = message(route, jnp.zeros((2, 6, 4)), config, noise_scale=scale, key=key, train=True)
+  assert "noise_scale" in text and "(2, 6, 4)" in text
+
+
+@pytest.mark.parametrize(
+  ("fields", "name"),
+  [
+    ({"noise": "gumbel"}, "noise = gumbel"),
+    ({"selection": "sample"}, "selection = sample"),
+    ({"selection": "random"}, "selection = random"),
+    ({"priority": "random"}, "priority = random"),
+  ],
+)
+def test_training_names_what_needs_the_key(fields, name):
+  text = message(route, jnp.zeros((2, 6, 4)), RoutingConfig(4, **fields), train=True)
+  assert name in text and "jax.random.key" in text

@@ -16,6 +16,7 @@ from moe_jax.moe import MoEConfig, RoutingConfig, grouped
 from moe_jax.moe.grouped import GroupedKernel, grouped_experts
 from moe_jax.moe.kernels.blocked import block_rows, blocked_experts
 from moe_jax.moe.moves import Moves
+from moe_jax.moe.options import WeightOn
 
 T, K, E, D, F = 7, 3, 4, 5, 6
 N = T * K
@@ -35,8 +36,8 @@ SIZES = {
 NETWORK = FeedForwardConfig(F, gated=True, activation=Activation.SILU)
 
 
-def network(x, scale, w, key, product):
-  return feed_forward(x, w, key, NETWORK, scale=scale, product=product)
+def network(x, w, key, product, last_product):
+  return feed_forward(x, w, key, NETWORK, product=product, last_product=last_product)
 
 
 def make_moves(sizes, top_k=K):
@@ -76,7 +77,7 @@ def loop(x, weight, weights, moves, sizes):
 
 
 def blocked(x, weight, weights, moves, sizes):
-  return blocked_experts(network, BLOCK, x, weight, moves, sizes, weights, None)
+  return blocked_experts(network, BLOCK, WeightOn.OUTPUT, x, weight, moves, sizes, weights, None)
 
 
 def by_products(x, weight, weights, moves, sizes):
@@ -165,10 +166,10 @@ def test_bfloat16_sums_accumulate_in_float32():
   sizes = jnp.array([count], jnp.int32)
 
   def apply(x, w):
-    def product(x, scale, w, key, product):
-      return product(x, w)
+    def linear(x, w, key, product, last_product):
+      return last_product(x, w)
 
-    return blocked_experts(product, 1, x, jnp.ones(count), moves, sizes, w, None)
+    return blocked_experts(linear, 1, WeightOn.OUTPUT, x, jnp.ones(count), moves, sizes, w, None)
 
   out, vjp = jax.vjp(jax.jit(apply), x, w)
   for value in (out, *vjp(jnp.ones_like(out))):
@@ -176,7 +177,7 @@ def test_bfloat16_sums_accumulate_in_float32():
     assert float(value.ravel()[0]) == count
 
 
-def noisy(x, scale, w, key, product):
+def noisy(x, w, key, product, last_product):
   return x * jax.random.uniform(key, x.shape)
 
 
@@ -185,7 +186,9 @@ def run_noisy(x, top_k):
   sizes = jnp.array(SIZES["even"], jnp.int32)
   keys = jax.random.split(jax.random.key(0), E)
   moves, weight = make_moves(SIZES["even"], top_k), jnp.ones(N)
-  return blocked_experts(noisy, BLOCK, x, weight, moves, sizes, jnp.zeros((E, 1)), keys)
+  return blocked_experts(
+    noisy, BLOCK, WeightOn.OUTPUT, x, weight, moves, sizes, jnp.zeros((E, 1)), keys
+  )
 
 
 def test_each_block_draws_its_own_numbers():

@@ -6,7 +6,7 @@ import pytest
 from comparison import relative_error
 from oracles import hand_cases
 
-from moe_jax.moe import BalanceFraction, RoutingConfig, Selection, route
+from moe_jax.moe import BalanceFraction, RoutingConfig, route
 
 # The hand solutions have six decimals.
 TOLERANCE = 1e-5
@@ -28,14 +28,11 @@ def named(cases):
 
 def solve(case, monkeypatch, **changes):
   """Routes a case; its uniform draws take the place of those of the key."""
-  options = dict(case.options)
-  options.pop("second_expert", None)
-  random = case.second_expert_draws is not None
+  random = case.select_draws is not None
   if random:
-    draws = np.array([case.second_expert_draws], np.float32)
+    draws = np.array([case.select_draws], np.float32)
     monkeypatch.setattr(jax.random, "uniform", lambda key, shape: draws.reshape(shape))
-    options["selection"] = Selection.RANDOM_SECOND
-  config = RoutingConfig(num_experts=3, **options, **changes)
+  config = RoutingConfig(num_experts=3, **case.options, **changes)
   logits = case.logits.astype(np.float32)
   return route(logits, config, token_mask=case.mask, key=jax.random.key(0), train=random)
 

@@ -5,10 +5,11 @@ import functools
 import jax
 import numpy as np
 import pytest
-from comparison import ROUTING_MARGIN, relative_error, routing_margin
+from comparison import ROUTING_MARGIN, relative_error
 from flax import nnx
 from moe.compiled import FAST_COMPILE
 from moe.oracle_view import options_of, split_groups
+from oracles import decisions
 from oracles import moe as oracle
 
 from moe_jax.moe import Dispatch, MoEConfig, MoELayer, RoutingConfig
@@ -19,9 +20,10 @@ B, L, D, F, E = 2, 5, 6, 5, 4
 NAMES = {False: {"up": "wi", "down": "wo"}, True: {"gate": "wi_gate", "up": "wi_up", "down": "wo"}}
 
 
-def config_of(activation, *, gated, top_k, **routing):
+def config_of(activation, *, gated, top_k, shared=None, **routing):
   fields = RoutingConfig(num_experts=E, top_k=top_k, **routing)
-  return MoEConfig(fields, F, gated=gated, activation=activation)
+  more = {"shared_hidden_dim": 3, "shared_combine": shared} if shared else {}
+  return MoEConfig(fields, F, gated=gated, activation=activation, **more)
 
 
 CASES = {
@@ -45,6 +47,42 @@ CASES = {
   ),
   "max_score": config_of("silu", gated=False, top_k=2, capacity=2, priority="max_score"),
   "all_experts_one_slot": config_of("relu", gated=True, top_k=E, capacity=1),
+  "weight_on_input": config_of(
+    "silu", gated=True, top_k=2, capacity=2, score="sigmoid", weight_on="input", weight_scale=1.5
+  ),
+  "identity_experts": config_of(
+    "gelu",
+    gated=False,
+    top_k=3,
+    capacity=2,
+    num_null_experts=2,
+    null_expert="identity",
+    weighting="renormalized",
+    shared="add",
+    grouping="sequence",
+  ),
+  "rerouted": config_of(
+    "relu",
+    gated=False,
+    top_k=2,
+    capacity=3,
+    overflow="reroute",
+    reroute_attempts=2,
+    weighting="renormalized_after_drop",
+    weight_norm_order=2.0,
+    shared="gated",
+    grouping="sequence",
+  ),
+  "rerouted_input": config_of(
+    "silu",
+    gated=True,
+    top_k=1,
+    capacity=3,
+    overflow="reroute",
+    weight_on="input",
+    score="sqrt_softplus",
+    shared="coefficient",
+  ),
 }
 MASKS = {
   "none": [[1, 1, 1, 1, 1], [1, 1, 1, 1, 1]],
@@ -55,14 +93,17 @@ MASKS = {
 
 @functools.cache
 def split_layer(name):
-  """Returns the graph, a state, and x with routing margins, of one case."""
+  """Returns the graph, a state, and x with routing margins under every mask, of one case."""
   graph, state = nnx.split(MoELayer(D, CASES[name], key=jax.random.key(0)))
-  kernel = np.asarray(state["router"]["kernel"][...], np.float64)
+  params = nnx.to_pure_dict(state)
   for seed in range(100):
     x = np.random.default_rng(seed).normal(size=(B, L, D)).astype(np.float32)
     # A constant channel lets one weight of the kernel shut an expert.
     x[..., 0] = 1.0
-    if routing_margin(x @ kernel) > ROUTING_MARGIN:
+    with decisions.watched() as gaps:
+      for mask in MASKS.values():
+        oracle_layer(CASES[name], params, x, np.array(mask, bool), np.ones_like(x))
+    if min(gaps, default=np.inf) > ROUTING_MARGIN:
       return graph, state, x
   raise AssertionError("no input with margins found")
 
@@ -94,28 +135,58 @@ def compiled_layer(name, form):
   return jax.jit(run, compiler_options=FAST_COMPILE)
 
 
+def networks(weights, config):
+  """Returns the weights of one network, or of all experts, in float64 by the oracle's names."""
+  return {name: np.float64(weights[own]) for own, name in NAMES[config.gated].items()}
+
+
+def layer_options(config, params, num_tokens):
+  """Returns what the oracle's layer takes besides x, the router and the experts."""
+  options = options_of(config.routing, num_tokens, train=True)
+  options |= {
+    "weight_on": str(config.routing.weight_on),
+    "null_expert": str(config.routing.null_expert),
+  }
+  if config.shared_hidden_dim:
+    shared = params["shared"]
+    options["shared"] = {
+      "network": networks(shared["network"]["weights"], config),
+      "combine": str(config.shared_combine),
+      "gate": np.float64(shared.get("gate", np.zeros((D, 0)))),
+    }
+  return options
+
+
 def oracle_layer(config, params, x, mask, cotangent):
-  """Returns y, dx, d router kernel and a list of E dicts, summed over groups."""
-  kernel = np.asarray(params["router"]["kernel"], np.float64)
-  weights = params["experts"]["weights"]
-  names = NAMES[config.gated]
-  experts = [{names[n]: np.float64(w[e]) for n, w in weights.items()} for e in range(E)]
-  routing = config.routing
-  y, dx, dkernel, dexperts = [], [], 0.0, []
-  groups = (split_groups(a, routing) for a in (np.float64(x), mask, np.float64(cotangent)))
+  """Returns y, dx and the gradient of every parameter by its name, summed over groups."""
+  stacked = networks(params["experts"]["weights"], config)
+  experts = [{name: w[e] for name, w in stacked.items()} for e in range(E)]
+  kernel = np.float64(params["router"]["kernel"])
+  y, dx, grads = [], [], []
+  groups = (split_groups(a, config.routing) for a in (np.float64(x), mask, np.float64(cotangent)))
   for x_SD, mask_S, dy_SD in zip(*groups, strict=True):
-    options = options_of(routing, len(x_SD), train=True) | {"token_mask": mask_S}
+    options = layer_options(config, params, len(x_SD)) | {"token_mask": mask_S}
     arguments = (x_SD, kernel, experts, config.activation)
     y.append(oracle.layer(*arguments, **options))
-    d = oracle.layer_backward(*arguments, dy_SD, **options)
-    dx.append(d[0])
-    dkernel = dkernel + d[1]
-    dexperts.append(d[2])
-  total = {
-    n: np.stack([sum(g[e][o] for g in dexperts) for e in range(E)]) for n, o in names.items()
-  }
+    own_dx, *own = oracle.layer_backward(*arguments, dy_SD, **options)
+    dx.append(own_dx)
+    grads.append(named_gradients(config, *own))
+  total = jax.tree.map(lambda *parts: sum(parts), *grads)
   y, dx = (np.concatenate(parts)[: B * L] for parts in (y, dx))
-  return y.reshape(B, L, D), dx.reshape(B, L, D), dkernel, total
+  return y.reshape(B, L, D), dx.reshape(B, L, D), total
+
+
+def named_gradients(config, d_kernel, d_experts, d_shared):
+  """Returns one group's gradients in the tree of the layer's parameters."""
+  names = NAMES[config.gated].items()
+  stacked = {own: np.stack([d[name] for d in d_experts]) for own, name in names}
+  tree = {"router": {"kernel": d_kernel}, "experts": {"weights": stacked}}
+  if d_shared is not None:
+    network = {own: d_shared["network"][name] for own, name in names}
+    tree["shared"] = {"network": {"weights": network}}
+    if d_shared["gate"].size:
+      tree["shared"]["gate"] = d_shared["gate"]
+  return tree
 
 
 def run_and_compare(name, form, state, mask_name):
@@ -126,8 +197,7 @@ def run_and_compare(name, form, state, mask_name):
   y, dstate, dx = compiled_layer(name, form)(state, x, mask, cotangent)
   params, grads = nnx.to_pure_dict(state), nnx.to_pure_dict(dstate)
   expected = oracle_layer(CASES[name], params, x, mask, cotangent)
-  actual = (y, dx, grads["router"]["kernel"], dict(grads["experts"]["weights"]))
-  errors = jax.tree.map(relative_error, actual, expected)
+  errors = jax.tree.map(relative_error, (y, dx, grads), expected)
   assert max(jax.tree.leaves(errors)) <= TOLERANCE, errors
   assert not np.any(np.asarray(y)[~mask]) and not np.any(np.asarray(dx)[~mask])
   return y, grads, dx

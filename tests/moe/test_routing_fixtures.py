@@ -11,6 +11,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from fast_compilation import compile_fast  # noqa: F401
 from moe.compiled import FAST_COMPILE
 
 from moe_jax.moe import preset, route

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from moe.compiled import FAST_COMPILE, routed
+from small_presets import small_preset
 
 from moe_jax.errors import UserError
 from moe_jax.moe import Dispatch, MoEConfig, MoELayer, RoutingConfig, preset, preset_names, route
@@ -24,16 +25,23 @@ def tokens(dtype=jnp.float32):
   return jax.random.normal(jax.random.key(1), (B, L, D)).astype(dtype)
 
 
-@pytest.mark.parametrize("name", preset_names())
+LEARNED = [name for name in preset_names() if preset(name).selector.learned]
+
+
+@pytest.mark.parametrize("name", LEARNED)
 def test_the_language_models_loss_reaches_the_router_in_every_preset(name):
-  graph, state = nnx.split(layer_of(preset(name, num_experts=E)))
-  cotangent = jax.random.normal(jax.random.key(2), (B, L, D))
+  routing = small_preset(name, E)
+  dispatch = "einsum" if name == "soft_moe" else "gather"
+  graph, state = nnx.split(layer_of(routing, dispatch=dispatch))
+  # SparseMixer has a choice, and so a gradient, only where two logits are within 2 %.
+  x = jax.random.normal(jax.random.key(1), (4, 64, D))
+  cotangent = jax.random.normal(jax.random.key(2), x.shape)
 
   def loss(state, x):
     y, _ = nnx.merge(graph, state)(x, key=KEY, train=True)
     return jnp.sum(y * cotangent)
 
-  gradient = jax.jit(jax.grad(loss), compiler_options=FAST_COMPILE)(state, tokens())
+  gradient = jax.jit(jax.grad(loss), compiler_options=FAST_COMPILE)(state, x)
   kernel = np.asarray(gradient["router"]["kernel"][...])
   assert np.all(np.isfinite(kernel))
   # Far above rounding: outputs and inputs are of the order of 1.
@@ -137,9 +145,10 @@ def test_forms_agree_in_bfloat16():
     compiled_layer(False, dispatch=form)(tokens(jnp.bfloat16), KEY)[0] for form in Dispatch
   ]
   for y in outputs:
-    # Sums are taken in float32 and rounded once: at most one step of bfloat16, 2^-8, apart.
+    # Sums are taken in float32 and rounded once: at most one step of bfloat16, 2^-8, apart. So far
+    # apart may be the rows of order 1, too, which only forms that store them have to round.
     np.testing.assert_allclose(
-      np.asarray(y, np.float32), np.asarray(outputs[0], np.float32), rtol=2**-7, atol=1e-3
+      np.asarray(y, np.float32), np.asarray(outputs[0], np.float32), rtol=2**-7, atol=2**-8
     )
 
 

@@ -1,5 +1,6 @@
 """Batches, and steps that are compiled once for a config, for tests of the training step."""
 
+import dataclasses
 import functools
 
 import jax
@@ -32,8 +33,15 @@ def make_batch(seed: int = 0, rows: int = 4, length: int = 32) -> dict[str, np.n
 def compiled_step(config):
   """Returns (state before the first step, compiled step); call `fresh` on the state."""
   optimizer = make_optimizer(config.optimizer, config.steps)
-  state = init_state(config.model, optimizer, config.seed, config.repair)
-  return state, make_train_step(config, optimizer)
+  rows = dict(batch_size=config.batch_size // config.accumulation_steps, accumulation_steps=1)
+  return initial_state(dataclasses.replace(config, **rows)), make_train_step(config, optimizer)
+
+
+@functools.cache
+def initial_state(config):
+  """Returns the state before the first step, which accumulation does not change."""
+  optimizer = make_optimizer(config.optimizer, config.steps)
+  return init_state(config.model, optimizer, config.seed, config.repair)
 
 
 def fresh(state):

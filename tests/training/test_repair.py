@@ -1,6 +1,7 @@
 """Repair of cold experts: they serve again, nothing else moves, and a run across it resumes."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,19 +20,26 @@ from moe_jax.training.repair import cold_experts, repair_cold_experts
 from moe_jax.training.state import abstract_state
 
 DEAD, EVERY = 2, 2
-LAYER = ("segments", 0, "blocks", 1, "feed_forward")
+LAYER = ("segments", 0, "blocks", 0, "feed_forward")
 
 
+@functools.cache
 def experiment(init: str = "copy", **fields):
   return tiny.experiment(
-    model__segments=(("attention:dense attention:moe", 2),),
-    moe__overflow="dropless",
-    moe__dispatch="ragged",
-    moe__top_k=2,
-    moe__weighting="renormalized",
-    repair__every=EVERY,
-    repair__init=init,
-    **fields,
+    **{
+      "model__segments": (("attention:moe", 2),),
+      "moe__overflow": "dropless",
+      "moe__top_k": 2,
+      "moe__weighting": "renormalized",
+      "moe__bias_update": "sign",
+      "moe__adaptive_target": 0.5,
+      "moe__router_jitter": 0.1,
+      "repair__every": EVERY,
+      "repair__init": init,
+      "repair__noise": 0.05,
+      "repair__threshold": 1.0,
+    }
+    | fields
   )
 
 
@@ -45,17 +53,25 @@ def with_dead_expert(state):
   return dataclasses.replace(state, params=nnx.from_flat_state(flat.items()))
 
 
-def due(state, load):
-  """Returns the state as it is before the repair of step EVERY, with loads (MoE layers, E)."""
-  window = dataclasses.replace(state.repair, load=jnp.asarray(load, jnp.float32))
-  return dataclasses.replace(state, step=jnp.int32(EVERY), repair=window)
+# Expert 2 of the first layer is cold, nobody of the second; the hottest is 3.
+ONE_COLD = jnp.array([[9.0, 9.0, 0.0, 22.0], [10.0, 10.0, 10.0, 10.0]])
+BIAS = jnp.array([[1.0, 2.0, 99.0, 4.0], [1.0, 2.0, 3.0, 4.0]])
 
 
-def repaired(state, load, config):
-  """Returns the state before and after a repair alone."""
-  before = due(state, load)
+@functools.cache
+def repair(init: str):
+  config = experiment(init, repair__threshold=0.1)
   optimizer = make_optimizer(config.optimizer, config.steps)
-  return before, jax.jit(lambda s: repair_cold_experts(s, optimizer, config))(before)
+  return jax.jit(lambda state: repair_cold_experts(state, optimizer, config))
+
+
+def before_repair(trained, step: int = EVERY):
+  return dataclasses.replace(
+    trained,
+    step=jnp.int32(step),
+    repair=dataclasses.replace(trained.repair, load=ONE_COLD),
+    router_state=jax.tree.map(lambda a: BIAS if a.ndim == 2 else a, trained.router_state),
+  )
 
 
 @pytest.fixture(scope="module")
@@ -90,20 +106,17 @@ def test_a_dead_expert_gets_tokens_again_after_repair():
   loads, counts = [], []
   for _ in range(EVERY + 1):
     state, metrics = step(state, make_batch())
-    loads.append(float(metrics["moe/layer_1/load"][DEAD]))
+    loads.append(float(metrics["moe/layer_0/load"][DEAD]))
     counts.append(int(metrics["moe/repaired_experts"]))
   assert loads[:EVERY] == [0.0] * EVERY
   assert loads[EVERY] > 0.1
   assert counts[0] == 0 < counts[EVERY - 1]
 
 
-# Expert 2 of the first layer is cold, nobody of the second; the hottest is 3.
-ONE_COLD = [[9, 9, 0, 22], [10, 10, 10, 10]]
-
-
 @pytest.mark.parametrize("init", ["copy", "fresh"])
 def test_nothing_but_the_cold_expert_moves(trained, init):
-  before, after = repaired(trained, ONE_COLD, experiment(init))
+  before = before_repair(trained)
+  after = repair(init)(before)
   touched = np.zeros((2, 4), bool)
   touched[0, DEAD] = True
   for old, new in zip(of_experts(before.params), of_experts(after.params), strict=True):
@@ -112,17 +125,16 @@ def test_nothing_but_the_cold_expert_moves(trained, init):
   for old, new in zip(moments(before), moments(after), strict=True):
     for x, y in zip(of_experts(old), of_experts(new), strict=True):
       np.testing.assert_array_equal(x[~touched], y[~touched])
-      assert (x[~touched] != 0).any() and (y[touched] == 0).all()
+      assert (x[touched] != 0).any() and (y[touched] == 0).all()
   assert int(after.repair.repaired) == 1
   assert not np.any(after.repair.load)
 
 
 def test_all_other_parameters_and_moments_stay(trained):
-  before, after = repaired(trained, ONE_COLD, experiment())
-  for old, new in (
-    (before.params, after.params),
-    *zip(moments(before), moments(after), strict=True),
-  ):
+  before = before_repair(trained)
+  after = repair("copy")(before)
+  trees = [(before.params, after.params), *zip(moments(before), moments(after), strict=True)]
+  for old, new in trees:
     old, new = dict(nnx.to_flat_state(old)), dict(nnx.to_flat_state(new))
     assert old.keys() == new.keys()
     for path in old:
@@ -131,8 +143,7 @@ def test_all_other_parameters_and_moments_stay(trained):
 
 
 def test_a_copy_is_the_hottest_expert_and_noise(trained):
-  config = experiment(repair__noise=0.05)
-  for new in of_experts(repaired(trained, ONE_COLD, config)[1].params):
+  for new in of_experts(repair("copy")(before_repair(trained)).params):
     difference = new[0, DEAD] - new[0, 3]
     size = np.sqrt(np.mean(new[0, 3] ** 2))
     # The deviation of 16 or more draws is within a factor of two.
@@ -140,42 +151,35 @@ def test_a_copy_is_the_hottest_expert_and_noise(trained):
 
 
 def test_a_fresh_expert_is_drawn_as_at_birth(trained):
-  after = repaired(trained, ONE_COLD, experiment("fresh"))[1]
-  for new, born in zip(
-    of_experts(after.params), of_experts(compiled_step(experiment())[0].params), strict=True
-  ):
-    assert 0.5 < np.std(new[0, DEAD]) / np.std(born[0]) < 2
-    assert (new[0, DEAD] != born[0, DEAD]).all()
-
-
-def test_repair_is_a_function_of_seed_and_step(trained):
-  def weights(step, **fields):
-    config = experiment(**fields)
-    state = dataclasses.replace(due(trained, ONE_COLD), step=jnp.int32(step))
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    return of_experts(repair_cold_experts(state, optimizer, config).params)[1][0, DEAD]
-
-  np.testing.assert_array_equal(weights(2), weights(2))
-  assert (weights(2) != weights(4)).all()
-  assert (weights(2) != weights(2, seed=1)).all()
-
-
-def test_the_last_step_repairs_nothing(trained):
-  config = dataclasses.replace(experiment(), steps=EVERY)
-  before, after = repaired(trained, ONE_COLD, config)
-  for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
-    np.testing.assert_array_equal(x, y)
+  born = of_experts(compiled_step(experiment())[0].params)
+  after = of_experts(repair("fresh")(before_repair(trained)).params)
+  for new, old in zip(after, born, strict=True):
+    assert 0.5 < np.std(new[0, DEAD]) / np.std(old[0]) < 2
+    assert (new[0, DEAD] != old[0, DEAD]).all()
 
 
 @pytest.mark.parametrize("init, expected", [("copy", 4.0), ("fresh", 7.0 / 3)])
-def test_a_repaired_expert_competes_on_equal_terms(init, expected):
-  config = experiment(init, moe__bias_update="sign")
-  state = compiled_step(config)[0]
-  bias = jnp.array([[1.0, 2.0, 99.0, 4.0], [1.0, 2.0, 3.0, 4.0]])
-  state = dataclasses.replace(state, router_state=jax.tree.map(lambda _: bias, state.router_state))
-  _, after = repaired(state, ONE_COLD, config)
-  (new,) = jax.tree.leaves(after.router_state)
-  np.testing.assert_allclose(new, bias.at[0, DEAD].set(expected), rtol=1e-6)
+def test_a_repaired_expert_competes_on_equal_terms(trained, init, expected):
+  state = repair(init)(before_repair(trained)).router_state
+  (new,) = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim == 2]
+  np.testing.assert_allclose(new, BIAS.at[0, DEAD].set(expected), rtol=1e-6)
+
+
+def test_what_is_drawn_depends_on_the_step(trained):
+  first, again, later = (
+    of_experts(repair("copy")(before_repair(trained, step)).params)[1][0, DEAD]
+    for step in (EVERY, EVERY, 2 * EVERY)
+  )
+  np.testing.assert_array_equal(first, again)
+  assert (first != later).all()
+
+
+@pytest.mark.parametrize("step", [EVERY + 1, experiment().steps])
+def test_nothing_is_repaired_between_the_steps_and_at_the_end(trained, step):
+  before = before_repair(trained, step)
+  after = repair("copy")(before)
+  for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+    np.testing.assert_array_equal(x, y)
 
 
 def test_cold_is_below_a_share_of_the_mean_load():
@@ -186,11 +190,7 @@ def test_cold_is_below_a_share_of_the_mean_load():
 
 
 def test_resuming_across_repairs_is_exact(tmp_path):
-  config = experiment(
-    moe__bias_update="sign",
-    moe__adaptive_target=0.5,
-    repair__threshold=1.0,
-  )
+  config = experiment()
   start, step = compiled_step(config)
   batches = [make_batch(seed) for seed in range(5)]
   state = fresh(start)

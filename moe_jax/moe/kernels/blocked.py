@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.moe.moves import Moves, look_up
+from moe_jax.moe.options import WeightOn
 
 
 def block_rows(num_rows: int, num_experts: int) -> int:
@@ -25,10 +26,11 @@ def block_rows(num_rows: int, num_experts: int) -> int:
   return min(256, max(32, 1 << (third.bit_length() - 1)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def blocked_experts(
   network,
   block: int,
+  weight_on: WeightOn,
   x: jax.Array,
   weight: jax.Array,
   moves: Moves,
@@ -41,6 +43,7 @@ def blocked_experts(
   Args:
     network: the function of one expert, see `moe_jax.moe.grouped.Network`.
     block: rows handled at a time, see `block_rows`.
+    weight_on: see `moe_jax.moe.grouped.grouped_experts`.
     x: (T, D) tokens.
     weight: (N,) float32, the combine weight of each assignment.
     moves: the rows of the assignments, sorted by expert.
@@ -52,10 +55,11 @@ def blocked_experts(
     (T, D) in the dtype of x, summed in float32. Gradients: an expert without rows gets exactly 0;
     those of weights and tokens accumulate in float32 whatever their dtype.
   """
-  return _forward(network, block, x, weight, moves, rows_per_expert, weights, keys)
+  arrays = x, weight, moves, rows_per_expert, weights, keys
+  return _forward(network, block, weight_on, *arrays)
 
 
-def _forward(network, block, x, weight, moves, rows_per_expert, weights, keys):
+def _forward(network, block, weight_on, x, weight, moves, rows_per_expert, weights, keys):
   token, scale = _row_tables(moves, weight, block)
 
   def expert(y, per_expert):
@@ -63,7 +67,8 @@ def _forward(network, block, x, weight, moves, rows_per_expert, weights, keys):
 
     def step(i, y):
       index, factor = _block(token, scale, start, size, i, block, x.shape[0])
-      out = network(look_up(x, index), factor, w, _block_key(key, i), jnp.matmul)
+      rows = look_up(x, index)
+      out = _weighed(network, weight_on, _block_key(key, i), rows, factor, w)
       return _add(y, index, out)
 
     return jax.lax.fori_loop(0, _num_blocks(size, block), step, y), None
@@ -72,11 +77,11 @@ def _forward(network, block, x, weight, moves, rows_per_expert, weights, keys):
   return y.astype(x.dtype)
 
 
-def _save(network, block, *arrays):
-  return _forward(network, block, *arrays), arrays
+def _save(network, block, weight_on, *arrays):
+  return _forward(network, block, weight_on, *arrays), arrays
 
 
-def _backward(network, block, saved, dy):
+def _backward(network, block, weight_on, saved, dy):
   x, weight, moves, rows_per_expert, weights, keys = saved
   token, scale = _row_tables(moves, weight, block)
 
@@ -86,9 +91,9 @@ def _backward(network, block, saved, dy):
     def step(i, carry):
       dx, dscale, dw = carry
       index, factor = _block(token, scale, start, size, i, block, x.shape[0])
-      dx_block, dfactor, dw_block = jax.vjp(
-        lambda *args: network(*args, _block_key(key, i), jnp.matmul), look_up(x, index), factor, w
-      )[1](look_up(dy, index))
+      run = functools.partial(_weighed, network, weight_on, _block_key(key, i))
+      _, vjp = jax.vjp(run, look_up(x, index), factor, w)
+      dx_block, dfactor, dw_block = vjp(look_up(dy, index).astype(jnp.float32))
       # What a block writes beyond its expert's rows is 0, and the next expert writes over it.
       dscale = jax.lax.dynamic_update_slice_in_dim(dscale, dfactor, start + i * block, axis=0)
       return _add(dx, index, dx_block), dscale, jax.tree.map(_plus, dw, dw_block)
@@ -105,6 +110,43 @@ def _backward(network, block, saved, dy):
 
 
 blocked_experts.defvjp(_save, _backward)
+
+
+def _weighed(network, weight_on, key, rows, scale, weights):
+  """Returns the network's rows, or those of rows, times `scale` (M,), in float32."""
+  if weight_on == WeightOn.INPUT:
+    rows = (rows.astype(jnp.float32) * scale[:, None]).astype(rows.dtype)
+    return network(rows, weights, key, jnp.matmul, jnp.matmul).astype(jnp.float32)
+
+  def last_product(hidden, weight):
+    return _scaled_matmul(hidden, weight, scale)
+
+  return network(rows, weights, key, jnp.matmul, last_product).astype(jnp.float32)
+
+
+@jax.custom_vjp
+def _scaled_matmul(rows: jax.Array, weight: jax.Array, scale: jax.Array) -> jax.Array:
+  """Returns rows @ weight, rounded to their dtype, times scale (M,) in float32.
+
+  The derivative by the scale is a sum over the rows of dout @ weight.T, which that by the rows
+  needs in any case. The automatic one is a sum over the result, a product that nothing else needs.
+  """
+  return (rows @ weight).astype(jnp.float32) * scale[:, None]
+
+
+def _save_scaled_matmul(rows, weight, scale):
+  return _scaled_matmul(rows, weight, scale), (rows, weight, scale)
+
+
+def _backward_scaled_matmul(saved, dout):
+  rows, weight, scale = saved
+  unscaled = (dout.astype(rows.dtype) @ weight.T).astype(jnp.float32)
+  drows = (unscaled * scale[:, None]).astype(rows.dtype)
+  dweight = rows.T @ (dout * scale[:, None]).astype(rows.dtype)
+  return drows, dweight, jnp.sum(unscaled * rows.astype(jnp.float32), axis=1)
+
+
+_scaled_matmul.defvjp(_save_scaled_matmul, _backward_scaled_matmul)
 
 
 def _row_tables(moves: Moves, weight: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
