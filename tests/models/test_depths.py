@@ -119,6 +119,8 @@ def test_logits_and_losses_equal_a_loop_over_the_tokens(train, score):
         taken = best if train else depth.positive_tokens(logits_L, token_mask=mask[row])
         np.testing.assert_array_equal(np.flatnonzero(record.taken[row]), taken)
         entropy += depth.entropy(logits_L, best, token_mask=mask[row])
+    # The experts of the first depth block see taken tokens alone, and two of them each.
+    assert int(aux.plans[0].metrics["assignments"]) == 2 * int(aux.depths[0].taken.sum())
     assert relative_error(aux.losses["depth"], entropy / 2 / mask.sum()) <= TOLERANCE
     routers = config.moe.routing.balance_loss_weight * aux.losses["load_balance"]
     total = routers + 2 * config.depth.loss_weight * aux.losses["depth"]
