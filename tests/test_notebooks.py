@@ -1,0 +1,29 @@
+"""Every notebook runs from its first cell to its last, and is committed without outputs."""
+
+import json
+
+import pytest
+from training import tiny
+
+NOTEBOOKS = sorted((tiny.ROOT / "notebooks").glob("*.ipynb"))
+
+
+def code_cells(path):
+  cells = json.loads(path.read_text())["cells"]
+  return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
+def test_there_are_notebooks():
+  assert NOTEBOOKS
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs(path):
+  namespace = {}
+  for cell in code_cells(path):
+    exec(compile("".join(cell["source"]), path.name, "exec"), namespace)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_holds_no_outputs(path):
+  assert all(cell["outputs"] == [] for cell in code_cells(path))
