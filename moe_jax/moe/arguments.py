@@ -55,15 +55,19 @@ def check_ids(
       )
 
 
-def check_bias(config: RoutingConfig, bias: jax.Array | None) -> None:
-  """Refuses a selection bias where nothing ranks by it, or of another shape than (E',)."""
+def check_vectors(
+  config: RoutingConfig, bias: jax.Array | None, global_load: jax.Array | None
+) -> None:
+  """Refuses a selection bias where nothing ranks by it, and vectors of another length."""
   if bias is not None and not config.selector.ranked:
     raise UserError(
       f"selection = {config.selection} does not rank experts: bias = None is expected, an array"
       f" of shape {bias.shape} was given"
     )
-  if bias is not None and bias.shape != (config.num_logits,):
-    raise UserError(f"bias has shape {bias.shape}; expected ({config.num_logits},)")
+  lengths = {"bias": (bias, config.num_logits), "global_load": (global_load, config.num_experts)}
+  for name, (vector, length) in lengths.items():
+    if vector is not None and vector.shape != (length,):
+      raise UserError(f"{name} has shape {vector.shape}; expected ({length},)")
 
 
 def check_key(config: RoutingConfig, key: jax.Array | None) -> None:

@@ -91,7 +91,10 @@ class Rounding(enum.StrEnum):
 
 
 class Overflow(enum.StrEnum):
-  """Place stage: what happens to an assignment whose expert is full."""
+  """Place stage: what happens to an assignment whose expert is full.
+
+  Re-routing is not causal: a later token's first wish is served before an earlier token's second.
+  """
 
   DROP = "drop"  # it is dropped; the token keeps its other experts and the residual
   REROUTE = "reroute"  # it asks the token's next best expert, up to reroute_attempts times

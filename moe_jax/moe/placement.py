@@ -42,7 +42,8 @@ def place(
     asked_GSK: (G, S, K) bool, False for assignments that do not ask (padding, an unused second
       choice, a null expert); they take no place.
     ranking_GSE: (G, S, E) float32, the order in which re-routing goes on; -inf is never asked.
-    score_GSK: (G, S, K) float32, the scores of the selected experts.
+    score_GSK: (G, S, K) float32, the scores of the selected experts; under `probability` a
+      re-routed assignment keeps its place in this order.
     best_score_GS: (G, S) float32, the order of `priority = max_score`. All ties go by position.
     config: `drop_order`, `priority`, `overflow` and `reroute_attempts` are read.
     capacity: C.
@@ -116,7 +117,7 @@ def _places(expert_GN, asked_GN, config):
 
 
 def _reroute(order, expert_GSK, slot_GSK, asked_GSK, ranking_GSE, capacity):
-  """Lets every assignment without a slot ask the next best expert its token has not asked yet."""
+  """Lets every assignment without a slot ask the next best expert its token has not selected."""
   config, E = order.config, ranking_GSE.shape[-1]
   ranked_score_GSE, ranked_GSE = jax.lax.top_k(ranking_GSE, E)
 

@@ -71,7 +71,7 @@ def route(
   mask = arguments.checked_mask(logits, config, token_mask)
   ids = {"token_ids": token_ids, "segment_ids": segment_ids, "expert_ids": expert_ids}
   arguments.check_ids(config, mask.shape, ids)
-  arguments.check_bias(config, bias)
+  arguments.check_vectors(config, bias, global_load)
   if train:
     config.check_trainable()
     arguments.check_key(config, key)

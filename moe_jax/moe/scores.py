@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from moe_jax.errors import UserError
 from moe_jax.moe.config import RoutingConfig
 from moe_jax.moe.options import GroupScore, Noise, Score
+from moe_jax.moe.weights import normalize
 
 
 def softmax_scores(logits: jax.Array) -> jax.Array:
@@ -47,8 +48,7 @@ def probabilities(scores_GSE: jax.Array, config: RoutingConfig) -> jax.Array:
   shrinks (arXiv 2412.14711 Eq. 10).
   """
   if config.score in (Score.SIGMOID, Score.SQRT_SOFTPLUS):
-    total = jnp.sum(scores_GSE, axis=-1, keepdims=True)
-    return scores_GSE / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+    return normalize(scores_GSE, 1.0)
   return scores_GSE
 
 

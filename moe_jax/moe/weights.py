@@ -53,7 +53,7 @@ def discrete(weight: jax.Array, weighting: Weighting) -> jax.Array:
 
 
 def normalize(weight_GSK: jax.Array, order: float) -> jax.Array:
-  """Divides non-negative weights by their norm over K; weights that are all 0 stay 0."""
+  """Divides non-negative weights by their norm over the last axis; if all are 0 they stay 0."""
   largest_GS1 = jnp.max(weight_GSK, axis=-1, keepdims=True)
   # A weight may be tiny, and the derivative of a / b has b^2, which underflows to 0 / 0 below
   # 1e-19: scale by the largest first. The quotient does not depend on that scale.

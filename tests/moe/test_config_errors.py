@@ -207,6 +207,7 @@ def test_the_layer_refuses_a_transposed_mask_that_groups_would_hide(grouping):
     ({"balance_scope": "sequence"}, {}, ("balance_scope = sequence", "segment_ids: None")),
     ({}, {"segment_ids": np.zeros((2, 5), int)}, ("segment_ids", "(2, 5)", "(2, 6)")),
     ({}, {"bias": np.zeros((5,))}, ("bias", "(5,)", "(4,)")),
+    ({}, {"global_load": np.ones((1,))}, ("global_load", "(1,)", "(4,)")),
     ({"selection": "hash"}, {"bias": np.zeros(4), "token_ids": np.zeros((2, 6), int)}, ("bias",)),
     ({"num_null_experts": 2}, {}, ("(2, 6, 4)", "6 logits for num_experts = 4")),
   ],

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 from comparison import draw_logits
-from moe.compiled import FAST_COMPILE, routed
+from moe.compiled import FAST_COMPILE, routed, tensors
 
 from moe_jax.moe import RoutingConfig, route
 
@@ -15,7 +15,15 @@ SEEDS = range(5)
 ORDERS = [
   pytest.param({"drop_order": order, "priority": priority}, id=f"{order}-{priority}")
   for order in ("choice_major", "token_major")
-  for priority in ("position", "max_score")
+  for priority in ("position", "max_score", "probability")
+]
+ROUTERS = [
+  *ORDERS,
+  pytest.param({"overflow": "reroute", "reroute_attempts": 2}, id="reroute"),
+  pytest.param({"priority": "sum_score", "score": "sigmoid"}, id="sum_score"),
+  pytest.param({"num_expert_groups": 2, "priority": "random"}, id="expert_groups"),
+  pytest.param({"selection": "positive", "score": "relu"}, id="positive"),
+  pytest.param({"selection": "random"}, id="random"),
 ]
 
 
@@ -28,14 +36,14 @@ def mask_of(seed):
 
 
 def arrays(plan):
-  return np.asarray(plan.dispatch_mask()), np.asarray(plan.combine_weights())
+  return tuple(np.asarray(a) for a in tensors(plan))
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", ROUTERS)
 def test_slots_hold_one_token_and_fill_from_the_front(order):
   for seed in SEEDS:
     mask = mask_of(seed)
-    plan = routed(draw_logits(seed, (G, S, E)), config_of(**order), mask=mask)
+    plan = routed(draw_logits(seed, (G, S, E)), config_of(**order), mask=mask, train=True)
     dispatch, weights = arrays(plan)
     held = dispatch.sum(axis=1)
     assert held.max() <= 1
@@ -129,9 +137,15 @@ def test_token_major_order_is_causal():
 
 
 @pytest.mark.parametrize(
-  "fields", [{"drop_order": "choice_major"}, {"drop_order": "token_major", "priority": "max_score"}]
+  "fields",
+  [
+    {"drop_order": "choice_major"},
+    {"drop_order": "token_major", "priority": "max_score"},
+    {"drop_order": "token_major", "priority": "sum_score", "score": "sigmoid"},
+    {"drop_order": "token_major", "priority": "probability"},
+  ],
 )
-def test_choice_major_order_and_max_score_are_not_causal(fields):
+def test_choice_major_order_and_priorities_are_not_causal(fields):
   config = config_of(capacity=1, **fields)
   # Token 0 likes experts 1, 0; token 1 is 2, 3 at first and 0, 3, more surely, afterwards.
   logits = np.zeros((1, 2, E), np.float32)
