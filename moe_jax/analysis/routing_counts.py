@@ -223,7 +223,8 @@ def finish(counts: RoutingCounts) -> dict[str, jax.Array]:
   | `balance_loss_first_choice`, `balance_loss_all_choices` | normalised: 1 at uniform |
   | `dropped_fraction`, `dropped_fraction_by_choice` (K,) | of assignments |
   | `dropped_token_fraction` | of tokens: asked and got nothing |
-  | `experts_per_token` (5,), `unrouted_fraction` | of tokens, by how many experts took them |
+  | `experts_per_token_histogram` (5,) | of tokens, by how many experts took them |
+  | `unrouted_fraction` | of tokens: no expert took them |
   | `capacity_utilization`, `slots_per_assignment` | kept / slots, slots / asked |
   | `router_confidence`, `chosen_mass`, `top_margin` | mean probabilities of tokens |
   | `token_entropy`, `expert_entropy`, `routing_information` | nats |
@@ -264,7 +265,7 @@ def _drop_ratios(counts: RoutingCounts) -> dict[str, jax.Array]:
     "dropped_fraction": ratio(asked - kept, asked),
     "dropped_fraction_by_choice": ratio(lost_by_choice, counts.asked_by_choice),
     "dropped_token_fraction": ratio(counts.lost_tokens, counts.tokens),
-    "experts_per_token": per_token,
+    "experts_per_token_histogram": per_token,
     "unrouted_fraction": per_token[0],
     "capacity_utilization": drops.capacity_utilization(kept, counts.slots),
     "slots_per_assignment": ratio(counts.slots, asked),

@@ -40,7 +40,7 @@ def test_ratios_agree_with_the_metrics_of_the_routing_core():
   plan, logits, probs, mask = routed_call()
   found = finish(count_jitted_plan(plan, probs, logits, mask))
   shared = found.keys() & plan.metrics.keys()
-  assert len(shared) == 12
+  assert len(shared) == 11
   for name in shared:
     np.testing.assert_allclose(found[name], plan.metrics[name], rtol=1e-5, err_msg=name)
   assert found["dropped_fraction"] > 0
