@@ -65,12 +65,12 @@ def run_steps(
         if evaluating:
           row |= _evaluate(evaluator, state)
           clock.restart(step)
-        _check_finite(step, row)
+        check_finite(step, row)
         for writer in writers:
           writer.write(row)
         progress.update(row)
       if saving:
-        _check_finite(step, jax.device_get(metrics))
+        check_finite(step, jax.device_get(metrics))
         for writer in writers:
           writer.sync()
         seconds = earlier + time.monotonic() - started
@@ -130,8 +130,12 @@ def _restore_or_init(config, optimizer, checkpoints, batches, identity):
   return state, step, seconds
 
 
-def _check_finite(step: int, metrics: Mapping[str, Any]) -> None:
-  """Stops a run that has diverged, before a row or a checkpoint of it is written."""
+def check_finite(step: int, metrics: Mapping[str, Any]) -> None:
+  """Stops a run that has diverged, before a row or a checkpoint of it is written.
+
+  Raises:
+    UserError: a metric, or an element of one, is not finite; names the first.
+  """
   for name, value in metrics.items():
     values = np.ravel([] if value is None else value)
     faults = values[~np.isfinite(values)]

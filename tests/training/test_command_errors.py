@@ -1,5 +1,6 @@
 """Every fault of a training command is one line on stderr, exit status 2, and nothing written."""
 
+import numpy as np
 import pytest
 from fast_compilation import compile_fast  # noqa: F401
 from training import tiny
@@ -7,7 +8,8 @@ from training import tiny
 from moe_jax.cli import main
 from moe_jax.errors import UserError
 from moe_jax.training.config import experiment_from
-from moe_jax.training.run_folder import write_json
+from moe_jax.training.loop import check_finite
+from moe_jax.training.run_folder import check_run, claim_run, read_config, write_json
 
 FAULTS = [
   (["--config.moe.num_expert=4"], ["num_expert", "num_experts"]),
@@ -124,6 +126,39 @@ def test_a_model_of_the_wrong_type_is_refused(model, message):
 def test_an_experiment_that_is_no_section_is_refused(mapping):
   with pytest.raises(UserError, match=r"^config is .*, expected a section"):
     experiment_from(mapping)
+
+
+@pytest.mark.parametrize("value", [float("inf"), [0.5, float("nan")], np.float32("-inf")])
+def test_any_metric_that_is_not_finite_is_named_as_divergence(value):
+  row = {"loss": 1.0, "tokens": 7, "tokens_per_second": None, "moe/layer_1/load": [0.5, 0.5]}
+  check_finite(3, row)
+  with pytest.raises(UserError, match="^learning_rate is (inf|nan|-inf) at step 3: .* diverged"):
+    check_finite(3, row | {"learning_rate": value})
+
+
+def test_the_config_is_compared_again_once_the_folder_is_claimed(tmp_path):
+  workdir = tmp_path / "run"
+  check_run(workdir, {"steps": 2})
+  with claim_run(workdir, {"steps": 1}):
+    pass
+  with pytest.raises(UserError, match="steps is 1 there and 2 here"):
+    with claim_run(workdir, {"steps": 2}):
+      pytest.fail("took over another run")
+  assert read_config(workdir) == {"steps": 1}
+
+
+def test_where_data_and_checkpoints_lie_is_no_part_of_a_runs_identity(tmp_path):
+  mapping = tiny.mapping()
+  with claim_run(tmp_path, mapping):
+    pass
+  check_run(
+    tmp_path,
+    tiny.mapping(
+      data__data_dir="elsewhere", checkpoint__every=1, checkpoint__keep=9, log__tensorboard=True
+    ),
+  )
+  with pytest.raises(UserError, match="config.log.every"):
+    check_run(tmp_path, tiny.mapping(log__every=3))
 
 
 def test_json_that_cannot_be_written_leaves_nothing_behind(tmp_path):
