@@ -137,13 +137,16 @@ class Decoder(nnx.Module):
 
     Padding (token_mask False) takes a cache slot but no position, and is never looked at. A cache
     without room for L more tokens is refused; inside a compiled function, where the free slots
-    are not known, the logits are NaN.
+    are not known, the logits are NaN. Routers that look at more than one token (expert choice,
+    Soft MoE, drops, segments) see those of the call alone.
 
     Raises:
-      UserError: shapes or dtypes that do not fit, or a cache that is full or of another batch.
+      UserError: shapes or dtypes that do not fit, a cache that is full or of another batch, or a
+        router that reads the ids of earlier tokens.
     """
     _check_tokens(tokens, token_mask)
     _check_room(tokens, cache)
+    _check_ids_suffice(self.config)
     if token_mask is None:
       token_mask = jnp.ones(tokens.shape, bool)
     seen = jnp.sum(cache.token_mask, axis=1, keepdims=True)
@@ -275,6 +278,15 @@ def _check_room(tokens, cache: DecoderCache) -> None:
     raise UserError(
       f"the cache has {slots} slots and {used} are taken: {L} more tokens need"
       f" init_cache with at least {used + L}"
+    )
+
+
+def _check_ids_suffice(config: ModelConfig) -> None:
+  routing = config.moe.routing if config.moe else None
+  if routing and routing.selection == "hash" and routing.hash_ngram > 1:
+    raise UserError(
+      f"hash_ngram = {routing.hash_ngram} reads ids before those of the call, which no cache keeps:"
+      " call the model on whole sequences, or use hash_ngram = 1"
     )
 
 

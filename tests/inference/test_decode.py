@@ -90,3 +90,10 @@ def test_a_cache_of_another_batch_is_refused():
   model, cache = filled_cache(1, 3)
   with pytest.raises(UserError, match="cache has 2 rows; expected 1"):
     model.decode(jnp.asarray(TOKENS[:1, :1]), cache)
+
+
+def test_a_hash_of_earlier_ids_is_refused():
+  config = tiny_config(routing=dict(selection="hash", hash_ngram=2))
+  model = random_model(config)
+  with pytest.raises(UserError, match="hash_ngram = 2"):
+    model.decode(jnp.asarray(TOKENS), model.init_cache(TOKENS.shape[0], 16))
