@@ -4,6 +4,8 @@ A folder `checkpoints/<step>/` holds the item `state` (arrays) and the item `dat
 that was cut short leaves a temporary folder, which the next run removes.
 """
 
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +107,7 @@ def restore_model(
 
 def damaged(folder: Path, error: Exception) -> UserError:
   """Explains that the checkpoint in `folder` cannot be read, and how to do without it."""
-  reason = (str(error).splitlines() or [""])[0][:_REASON_LENGTH]
+  reason = textwrap.shorten(str(error), _REASON_LENGTH, placeholder=" ...")
   return UserError(
     f"the checkpoint {folder} is damaged or of another model ({type(error).__name__}: {reason});"
     " delete that folder to fall back to the checkpoint before it, if there is one"
@@ -117,4 +119,19 @@ def _restore(manager: ocp.CheckpointManager, folder: Path, step: int, **items: A
     return manager.restore(step, args=ocp.args.Composite(**items))
   # Orbax raises whatever its parts do, plain Exception included; only its own code runs here.
   except Exception as error:
+    _silence_abandoned_reads()
     raise damaged(folder / str(step), error) from error
+
+
+def _silence_abandoned_reads() -> None:
+  """Keeps what a failed restore left under way from burying its one sentence in tracebacks.
+
+  Reads that end after orbax has closed its event loop report that it is closed, each on its own.
+  """
+  show = sys.unraisablehook
+
+  def show_others(unraisable) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+      show(unraisable)
+
+  sys.unraisablehook = show_others

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import jax
 import pytest
@@ -36,7 +37,9 @@ def half_run(tmp_path_factory):
 
 
 @pytest.fixture
-def run(half_run, tmp_path):
+def run(half_run, tmp_path, monkeypatch):
+  # A refusal may replace the hook; here it is put back after each test.
+  monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
   return shutil.copytree(half_run, tmp_path / "run")
 
 
@@ -73,6 +76,7 @@ def test_a_damaged_summary_is_named(run, capsys, content):
 
 @pytest.mark.parametrize("part", ["state", "state/manifest.ocdbt", "state/d", "data/metadata"])
 @pytest.mark.parametrize("damage", ["lost", "changed"])
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_checkpoint_is_named_and_the_way_back(run, capsys, part, damage):
   path = run / "checkpoints" / "4" / part
   if damage == "changed":
