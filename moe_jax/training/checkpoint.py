@@ -4,6 +4,7 @@ A folder `checkpoints/<step>/` holds the item `state` (arrays) and the item `dat
 that was cut short leaves a temporary folder, which the next run removes.
 """
 
+import functools
 import sys
 import textwrap
 from pathlib import Path
@@ -115,23 +116,27 @@ def damaged(folder: Path, error: Exception) -> UserError:
 
 
 def _restore(manager: ocp.CheckpointManager, folder: Path, step: int, **items: Any) -> Any:
+  _silence_abandoned_reads()
   try:
     return manager.restore(step, args=ocp.args.Composite(**items))
   # Orbax raises whatever its parts do, plain Exception included; only its own code runs here.
   except Exception as error:
-    _silence_abandoned_reads()
     raise damaged(folder / str(step), error) from error
 
 
+@functools.cache  # Once a process: reads may end long after the restore that they belonged to.
 def _silence_abandoned_reads() -> None:
-  """Keeps what a failed restore left under way from burying its one sentence in tracebacks.
+  """Keeps what a failed restore leaves under way from burying its one sentence in tracebacks.
 
-  Reads that end after orbax has closed its event loop report that it is closed, each on its own.
+  Reads that end after orbax has closed its event loop report that it is closed, each on its own;
+  those that never end report that their coroutine was thrown away.
   """
   show = sys.unraisablehook
 
   def show_others(unraisable) -> None:
-    if str(unraisable.exc_value) != "Event loop is closed":
+    error = unraisable.exc_value
+    thrown_away = error is not None and isinstance(error.__cause__, GeneratorExit)
+    if str(error) != "Event loop is closed" and not thrown_away:
       show(unraisable)
 
   sys.unraisablehook = show_others

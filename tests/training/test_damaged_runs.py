@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import types
 
 import jax
 import pytest
@@ -10,6 +11,7 @@ from fast_compilation import compile_fast  # noqa: F401
 from training import tiny
 
 from moe_jax.cli import main
+from moe_jax.training import checkpoint
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.config import CheckpointConfig
 from moe_jax.training.optimizer import make_optimizer
@@ -37,9 +39,7 @@ def half_run(tmp_path_factory):
 
 
 @pytest.fixture
-def run(half_run, tmp_path, monkeypatch):
-  # A refusal may replace the hook; here it is put back after each test.
-  monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+def run(half_run, tmp_path):
   return shutil.copytree(half_run, tmp_path / "run")
 
 
@@ -76,7 +76,6 @@ def test_a_damaged_summary_is_named(run, capsys, content):
 
 @pytest.mark.parametrize("part", ["state", "state/manifest.ocdbt", "state/d", "data/metadata"])
 @pytest.mark.parametrize("damage", ["lost", "changed"])
-@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_checkpoint_is_named_and_the_way_back(run, capsys, part, damage):
   path = run / "checkpoints" / "4" / part
   if damage == "changed":
@@ -117,3 +116,14 @@ def test_a_folder_in_place_of_the_report_is_named(run, capsys):
   (run / "report.html").mkdir()
   words = ["report", f"--workdir={run}"]
   assert_refused(capsys, run, [f"{run.resolve() / 'report.html'} cannot be"], words)
+
+
+def test_only_abandoned_reads_are_silenced(monkeypatch):
+  shown = []
+  monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: shown.append(unraisable.exc_value))
+  checkpoint._silence_abandoned_reads.__wrapped__()
+  thrown_away, other = Exception("error while reading"), RuntimeError("another")
+  thrown_away.__cause__ = GeneratorExit()
+  for error in (RuntimeError("Event loop is closed"), thrown_away, other, None):
+    sys.unraisablehook(types.SimpleNamespace(exc_value=error))
+  assert shown == [other, None]
