@@ -207,11 +207,11 @@ def test_the_gradient_draws_the_numbers_of_the_forward_pass():
   ("num_rows", "num_experts", "expected"),
   [
     (1, 64, (32,)),
-    (1024, 8, (32,)),
-    (2048, 8, (64, 32)),
-    (6000, 8, (128, 32)),
-    (24576, 64, (128, 32)),
-    (10**6, 8, (256, 64)),
+    (768, 8, (64, 32)),
+    (767, 8, (32,)),
+    (6144, 8, (512, 128, 32)),
+    (24576, 64, (256, 64, 32)),
+    (10**6, 8, (512, 128, 32)),
   ],
 )
 def test_blocks_follow_the_mean_load(num_rows, num_experts, expected):

@@ -17,15 +17,17 @@ from moe_jax.moe.options import WeightOn
 
 
 def block_lengths(num_rows: int, num_experts: int) -> tuple[int, ...]:
-  """Returns rows per block: a third of the mean load, a power of two between 32 and 256.
+  """Returns rows per block, longest first: up to two thirds of the mean load, 512 at most.
 
-  A smaller block makes thin products and reads the expert's weights more often. What is left of an
-  expert's rows goes to blocks a quarter as long, since the last one is filled by half on average:
-  half of 128 rows is a sixth of 384.
+  A short block makes thin products and reads the expert's weights more often; a long one wastes
+  work where it is filled in part, half of it on average. So each length is a quarter of the one
+  before, and only the shortest, 32, is ever filled in part.
   """
-  third = max(1, num_rows // (3 * num_experts))
-  longest = min(256, max(32, 1 << (third.bit_length() - 1)))
-  return (32,) if longest == 32 else (longest, max(32, longest // 4))
+  wanted = max(32, min(512, 2 * num_rows // (3 * num_experts)))
+  lengths = [1 << (wanted.bit_length() - 1)]
+  while lengths[-1] > 32:
+    lengths.append(max(32, lengths[-1] // 4))
+  return tuple(lengths)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
