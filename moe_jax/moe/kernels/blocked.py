@@ -175,15 +175,15 @@ def _over_blocks(blocks, size, step, carry):
   """
   done = 0
   for block in blocks:
-    missing = 0 if block != blocks[-1] else block - 1
-    count = (size - done + missing) // block
-    carry = jax.lax.fori_loop(0, count, _step_of(step, done, block), carry)
-    done = done + count * block
+    left = size - done
+    count = (left + block - 1) // block if block == blocks[-1] else left // block
+
+    def run(i, carry, done=done, block=block):
+      return step(done + i * block, block, carry)
+
+    carry = jax.lax.fori_loop(0, count, run, carry)
+    done += count * block
   return carry
-
-
-def _step_of(step, done, block):
-  return lambda i, carry: step(done + i * block, block, carry)
 
 
 def _block(token, scale, start, size, first, block: int, num_tokens: int):
