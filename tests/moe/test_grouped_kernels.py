@@ -87,3 +87,13 @@ def test_product_and_gradients_equal_the_oracle(name, sizes):
 @pytest.mark.parametrize("name", KERNELS)
 def test_bfloat16_is_summed_in_float32(name):
   assert_equals_oracle(name, SIZES["rows_beyond_the_sum"], jnp.bfloat16)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_weight_gradients_in_bfloat16_are_summed_in_float32(name):
+  # Asked for in float32, the sums show what a result in bfloat16 would round away.
+  rows, _, others = make(jnp.bfloat16)
+  sizes = jnp.array(SIZES["one_takes_all"], jnp.int32)
+  actual = jax.jit(KERNELS[name].outer, static_argnums=3)(rows, others, sizes, jnp.float32)
+  expected = RaggedDot().outer(rows, others, sizes, jnp.float32)
+  assert relative_error(actual, expected) <= TOLERANCE[jnp.float32]
