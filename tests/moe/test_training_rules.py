@@ -126,6 +126,15 @@ def test_a_real_token_of_zeros_is_routed():
   assert np.all(aux.plan.valid)
 
 
+def test_what_fills_the_last_group_up_is_not_routed():
+  # 12 tokens in groups of 5.
+  routing = RoutingConfig(num_experts=E, top_k=2, capacity=2, grouping="fixed", group_size=5)
+  _, aux = compile_layer(layer_of(routing), False)(tokens(), KEY)
+  assert aux.plan.valid.shape == (3, 10)
+  assert float(aux.plan.metrics["assignments"]) == 2 * B * L
+  assert not np.any(aux.plan.valid[2, 4:])
+
+
 def test_experts_see_the_clean_input_under_jitter():
   # One expert with the constant weight 1: what it computes does not depend on the router.
   routing = RoutingConfig(num_experts=1, overflow="dropless")
