@@ -65,8 +65,10 @@ def test_an_expert_of_weight_zero_still_sees_its_token(form):
   logits = np.broadcast_to(np.float32([2.0, -1.0, -2.0, -3.0]), (1, S, E))
   plan = routed(logits, RoutingConfig(num_experts=E, top_k=K, score="relu", overflow="dropless"))
   assert not np.any(np.asarray(plan.weight)[:, 1::2])
-  rows = get_dispatcher(form).dispatch(jax.numpy.ones((1, S, D)), plan).rows
-  assert np.all(rows, axis=-1).sum() == S * K
+  sent = get_dispatcher(form).dispatch(jax.numpy.ones((1, S, D)), plan)
+  assert np.all(sent.rows, axis=-1).sum() == S * K
+  if form == Dispatch.RAGGED:
+    assert sent.rows_per_expert.tolist() == [S, S, 0, 0]
 
 
 def test_one_hot_products_have_full_precision_on_every_platform():
