@@ -8,7 +8,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: train test test-full lint bench clean
+.PHONY: train test test-full mutants lint bench clean
 
 train: $(READY)
 	$(BIN)/moe-jax train --config=configs/quickstart.py --workdir=runs/quickstart
@@ -18,6 +18,9 @@ test: $(READY)
 
 test-full: $(READY)
 	$(PYTEST) -m "full or not full"
+
+mutants: $(READY)
+	$(BIN)/python tests/mutations/run.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

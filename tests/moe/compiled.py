@@ -1,6 +1,7 @@
 """`route` compiled once a config, for tests that give one config many inputs."""
 
 import functools
+import re
 
 import jax
 import numpy as np
@@ -39,3 +40,11 @@ def routed(
 def tensors(plan: RoutingPlan):
   """Returns the dispatch mask and the combine weights of a plan, (G, S, E, C)."""
   return plan.dispatch_mask(), plan.combine_weights()
+
+
+def products(fn, *args) -> list[str]:
+  """Returns the precision of every product in a function's program, as it is asked for."""
+  text = str(jax.make_jaxpr(fn)(*args))
+  precisions = re.findall(r"precision=(?:\((?:Precision\.)?(\w+)|(None))", text)
+  assert len(precisions) == text.count("dot_general[")
+  return [named or default for named, default in precisions]
