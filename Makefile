@@ -17,7 +17,8 @@ test: $(READY)
 	$(PYTEST)
 
 test-full: $(READY)
-	$(PYTEST) -m "full or not full"
+	$(PYTEST)
+	$(PYTEST) --dist load -m full --full-report=tests
 
 mutants: $(READY)
 	$(BIN)/python tests/mutations/run.py
