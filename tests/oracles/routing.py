@@ -115,7 +115,8 @@ def route_group(
   extra = options.num_null_experts
   num_experts = scores.shape[1] - extra
   ranking = [rank(row, bias, options) for row in scores]
-  view = View(options, num_experts, logits, scores, ranking, token_ids, select_draws)
+  ids = mask, token_ids, segment_ids
+  view = View(options, num_experts, logits, scores, ranking, *ids, select_draws)
   choose = SELECTIONS[options.selection]
   choices = [choose(view, token) if real else ([], []) for token, real in enumerate(mask)]
   placed = place_choices(choices, view, place_draws)
