@@ -52,7 +52,8 @@ class RoutingConfig:
     num_expert_groups, top_expert_groups, group_score: with more than one group a token asks only
       experts of its best groups (device- and node-limited routing). `hierarchical` reads the first
       two as the number of first-level gates and how many of them are taken.
-    hash_seed, hash_ngram: the hash of `selection = hash`, of the last hash_ngram token ids.
+    hash_seed, hash_ngram: the hash of `selection = hash`, of the last hash_ngram token ids of the
+      sequence; hash_seed also of the tables of `selection = table`.
     sinkhorn_iterations: of `selection = sinkhorn`.
     bias_update, bias_rate: the selection bias that balances without a loss.
 

@@ -19,7 +19,10 @@ class RouterInit(enum.StrEnum):
 
 
 class RouterState(nnx.Variable):
-  """What training updates by rule and not by gradient: selection bias, adaptive loss scale."""
+  """What no gradient reaches: selection bias, adaptive loss scale, table of experts by token id.
+
+  Training updates the first two by rule, and makes the table before its first step.
+  """
 
 
 class Router(nnx.Module):
@@ -36,6 +39,9 @@ class Router(nnx.Module):
     bias: (E') float32 `RouterState`, the selection bias, if `bias_update` asks for one.
     balance_scale: float32 scalar `RouterState`, the factor of the balance loss's coefficient, if
       `adaptive_target` is set.
+    table: (V,) int32 `RouterState`, the expert of each token id, with `selection = table` and a
+      `vocab_size`. At first every expert has about as many ids, at random; a run replaces that by
+      tables balanced by frequency (`moe_jax.training.tables`).
   """
 
   def __init__(
@@ -47,6 +53,7 @@ class Router(nnx.Module):
     scale: float,
     jitter: float = 0.0,
     init: RouterInit = RouterInit.NORMAL,
+    vocab_size: int | None = None,
   ):
     self.jitter = jitter
     shape, axes = (model_dim, config.num_logits), ("embed", "router")
@@ -61,6 +68,9 @@ class Router(nnx.Module):
       self.bias = RouterState(jnp.zeros(shape[1:], jnp.float32), axes=("router",))
     if config.adaptive_target is not None:
       self.balance_scale = RouterState(jnp.ones((), jnp.float32), axes=())
+    if config.selection == "table" and vocab_size is not None:
+      shuffled = jax.random.permutation(jax.random.fold_in(key, 1), vocab_size)
+      self.table = RouterState(shuffled.astype(jnp.int32) % config.num_experts, axes=("vocab",))
 
   def __call__(
     self, x: jax.Array, *, key: jax.Array | None = None

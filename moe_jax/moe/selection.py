@@ -137,7 +137,11 @@ def _ids_before(view: SelectView, back: int) -> jax.Array:
 
 @register_selection("table", learned=False, needs_token_ids=True)
 def table(view: SelectView, config: RoutingConfig) -> TokenChoice:
-  """Takes `token_ids` as the expert ids themselves, as looked up in a table of one's own."""
+  """Takes `token_ids` as the expert ids themselves, as looked up in a table.
+
+  A model has that table, see `moe_jax.moe.router.Router`; `moe_jax.moe.hashing.balanced_table`
+  makes one.
+  """
   return _consecutive(view.token_ids.astype(jnp.int32) % config.num_experts, config)
 
 
