@@ -118,8 +118,8 @@ class ModelConfig:
       routing = self.moe.routing
       if routing.selection == "hash" and routing.hash_ngram > 1:
         raise UserError(
-          f"hash_ngram = {routing.hash_ngram} is refused: it must be 1 in a 'moe:depth' block, which"
-          " does not see the tokens it leaves out"
+          f"hash_ngram = {routing.hash_ngram} is refused: it must be 1 in a 'moe:depth' block,"
+          " which does not see the tokens it leaves out"
         )
     # JSON gives lists, and a config must be hashable: it is part of what is compiled.
     object.__setattr__(self, "segments", tuple(map(tuple, self.segments)))

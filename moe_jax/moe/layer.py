@@ -140,8 +140,8 @@ class RouterInputs:
   """What a caller gives single routers. A model's has a leading axis of MoE layers everywhere.
 
   Attributes:
-    global_load: (E,) float32, the load fractions of the whole optimiser step, see
-      `moe_jax.moe.losses.load_balance_loss`; None for those of the call.
+    global_load: (E,) float32 or longer, the load fractions of the whole optimiser step, see
+      `moe_jax.moe.routing.route`; None for those of the call.
     expert_ids: (B, L, K) int32, the experts that `selection = replay` forces; None without.
   """
 

@@ -167,9 +167,20 @@ def place_choices(choices, view, draws):
     for token, (experts, _) in enumerate(choices)
   ]
   tokens = placement.token_order(view.scores, chosen_scores, options, draws)
+  if options.priority == "weight":
+    chosen_scores = weights_before_drops(choices, view, width)
   order = placement.serving_order(tokens, chosen_scores, options)
   ranked = [next_best(view, token, experts) for token, (experts, _) in enumerate(choices)]
   return placement.place(asks, order, ranked, options.capacity, options.reroute_attempts)
+
+
+def weights_before_drops(choices, view, width):
+  """Return for each token the weights that its choices would have without any drop."""
+  rows = []
+  for token, (experts, asked) in enumerate(choices):
+    arguments = (view.logits[token], view.scores[token], experts, asked, view.options)
+    rows.append(list(weights.weigh(*arguments)) if experts else [0.0] * width)
+  return rows
 
 
 def next_best(view, token, experts):
