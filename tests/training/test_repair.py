@@ -154,7 +154,7 @@ def test_a_bias_of_logits_belongs_to_its_expert_and_a_scale_to_none(projection):
   before = before_repair(dataclasses.replace(state, params=nnx.from_flat_state(flat.items())))
   optimizer = make_optimizer(config.optimizer, config.steps)
   after = jax.jit(lambda state: repair_cold_experts(state, optimizer, config))(before)
-  new = np.asarray(dict(nnx.to_flat_state(after.params))[path].get_value())
+  new = np.array(dict(nnx.to_flat_state(after.params))[path].get_value())
   if projection == "affine":
     # The hottest expert's bias is 4; the noise has a standard deviation of 0.2.
     assert new[0, DEAD] != old[0, DEAD] and abs(new[0, DEAD] - 4.0) < 1.0
