@@ -144,7 +144,7 @@ def test_all_other_parameters_and_moments_stay(trained):
 
 @pytest.mark.parametrize("projection", ["affine", "normalized"])
 def test_a_bias_of_logits_belongs_to_its_expert_and_a_scale_to_none(projection):
-  config = experiment(moe__projection=projection)
+  config = experiment(moe__projection=projection, repair__threshold=0.1)
   state, _ = compiled_step(config)
   name = {"affine": "logit_bias", "normalized": "logit_scale"}[projection]
   path, flat = (*LAYER, "router", name), dict(nnx.to_flat_state(state.params))
