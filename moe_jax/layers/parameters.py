@@ -19,6 +19,14 @@ LOGICAL_AXES = {
   "norm": "D of a norm's scale",
 }
 
+# A parameter with no other axes scales or shifts element by element, and enters no product.
+_ELEMENTWISE = frozenset({"layers", "norm", "router"})
+
+
+def is_elementwise(axes: tuple[str, ...]) -> bool:
+  """Tells scales and biases, of norms and of router logits, from what products read."""
+  return _ELEMENTWISE.issuperset(axes)
+
 
 def parameter(
   key: jax.Array,

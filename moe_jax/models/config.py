@@ -109,16 +109,18 @@ class ModelConfig:
       )
     if self.moe is not None:
       self.moe.check_width(self.model_dim)
-    if self.moe is not None and self.moe.routing.selection == "table":
-      raise UserError(
-        "selection = table takes expert ids where a language model has vocabulary ids; use"
-        " selection = hash, or call MoELayer with token_ids = table[tokens]"
-      )
     if any(DEPTH in block for block in blocks) != (self.depth is not None):
       raise UserError(
         f"segments = {self.segments} and depth = {self.depth} contradict each other: blocks such"
         " as 'attention:dense:depth' need a depth section, and a depth section such blocks"
       )
+    if self.moe is not None and any(block[1:] == ("moe", DEPTH) for block in blocks):
+      routing = self.moe.routing
+      if routing.selection == "hash" and routing.hash_ngram > 1:
+        raise UserError(
+          f"hash_ngram = {routing.hash_ngram} is refused: it must be 1 in a 'moe:depth' block,"
+          " which does not see the tokens it leaves out"
+        )
     # JSON gives lists, and a config must be hashable: it is part of what is compiled.
     object.__setattr__(self, "segments", tuple(map(tuple, self.segments)))
 
