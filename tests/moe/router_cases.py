@@ -179,12 +179,7 @@ TIED_CASES = tuple((kind, "right") for kind in ("equal", "tied_experts", "tied_t
 
 def cases_of(config: RoutingConfig):
   """Returns kinds of logits with kinds of masks; noise would break ties, and be lost at -1e9."""
-  if trains(config) and config.noise != "none":
-    return PLAIN_CASES
-  # Scores of 1e-19 that only float32 has for 0: whoever takes such experts alone divides by them.
-  vanishing = config.score == "sqrt_softplus" and "renormalized" in config.weighting
-  unwanted = vanishing and not config.selector.learned
-  return PLAIN_CASES + tuple(case for case in TIED_CASES if not unwanted or case[0] != "empty")
+  return PLAIN_CASES + (() if trains(config) and config.noise != "none" else TIED_CASES)
 
 
 def logits_of(kind: str, shape, seed: int):
