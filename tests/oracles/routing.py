@@ -176,11 +176,14 @@ def place_choices(choices, view, draws):
 
 
 def weights_before_drops(choices, view, width):
-  """Return for each token the weights that its choices would have without any drop."""
+  """Return for each token the weights that its choices would have without any drop.
+
+  Padding asks for nothing: its place in the order decides nothing.
+  """
   rows = []
   for token, (experts, asked) in enumerate(choices):
     arguments = (view.logits[token], view.scores[token], experts, asked, view.options)
-    rows.append(list(weights.weigh(*arguments)) if experts else [0.0] * width)
+    rows.append(list(weights.weigh(*arguments)) if experts else [-math.inf] * width)
   return rows
 
 
