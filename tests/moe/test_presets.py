@@ -24,11 +24,21 @@ PAPERS = {
   "mixtral": (8, 2, dict(weighting="softmax_selected", overflow="dropless")),
   "olmoe": (64, 8, dict(weighting="raw", balance_loss_weight=0.01, z_loss_weight=0.001)),
   "deepseek_moe": (64, 6, dict(weighting="raw", balance_fraction="all_choices_mean")),
-  "deepseek_v2": (160, 6, dict(num_expert_groups=8, top_expert_groups=3, group_score="max")),
+  "deepseek_v2": (
+    160,
+    6,
+    dict(
+      num_expert_groups=8,
+      top_expert_groups=3,
+      group_score="max",
+      device_loss_weight=0.05,
+      communication_loss_weight=0.02,
+    ),
+  ),
   "deepseek_v3": (256, 8, dict(score="sigmoid", bias_update="sign", weight_scale=2.5)),
   "llama4": (16, 1, dict(score="sigmoid", weight_on="input")),
   "qwen3_moe": (128, 8, dict(weighting="renormalized", balance_scope="global_batch")),
-  "gpt_oss": (128, 4, dict(weighting="softmax_selected")),
+  "gpt_oss": (128, 4, dict(weighting="softmax_selected", projection="affine")),
   "jamba": (16, 2, dict(weighting="raw")),
   "remoe": (8, 1, dict(score="relu", selection="positive", adaptive_target=1.0)),
   "grin": (16, 2, dict(selection="sparsemixer")),
@@ -45,6 +55,19 @@ SLOTS = {
   "deepspeed_moe": 105,
   "maxtext": 105,
   "vmoe": 108,
+}
+
+# What papers leave open and codes decide: what f of the balance loss counts (uniform routing costs
+# 1, or K with all_choices), who is served first, when weights are normalised.
+HABITS = {
+  "flaxformer": ("all_choices", "choice_major", "position", "raw"),
+  "vmoe": ("first_choice", "choice_major", "position", "raw"),
+  "praxis": ("first_choice", "choice_major", "position", "renormalized"),
+  "tutel": ("first_choice", "choice_major", "position", "renormalized"),
+  "deepspeed_moe": ("first_choice", "choice_major", "random", "raw"),
+  "maxtext": ("all_choices", "token_major", "position", "softmax_selected"),
+  "megablocks": ("all_choices_mean", "token_major", "position", "raw"),
+  "megatron": ("all_choices_mean", "choice_major", "probability", "softmax_selected"),
 }
 
 
@@ -65,6 +88,13 @@ def test_a_paper_s_preset_has_its_values(name):
 def test_a_library_s_capacity_is_rounded_as_in_its_code(name):
   config = preset(name, num_experts=48, top_k=2, capacity_factor=1.25, overflow="drop")
   assert expert_capacity(config, 2000, train=True) == SLOTS[name]
+
+
+@pytest.mark.parametrize("name", HABITS)
+def test_a_library_s_preset_has_its_habits(name):
+  config = preset(name)
+  habits = config.balance_fraction, config.drop_order, config.priority, config.weighting
+  assert habits == HABITS[name]
 
 
 @pytest.mark.parametrize(

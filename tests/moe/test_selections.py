@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from comparison import draw_logits
+from comparison import draw_logits, softmax
 from moe.compiled import routed
 
 from moe_jax.moe import RoutingConfig
@@ -128,6 +128,26 @@ def test_a_hash_of_two_tokens_reads_the_token_before():
   np.testing.assert_array_equal(hashed([[7]], hash_ngram=2), hashed([[0, 7]], hash_ngram=2)[:, 1:])
 
 
+def test_a_hash_of_several_tokens_stops_where_its_sequence_does():
+  ids = np.random.default_rng(0).integers(1, 1000, size=(1, 60)).astype(np.int32)
+  # The third document of the row has the id of the first again.
+  segments = np.repeat([[4, 7, 4]], 20, axis=1)
+  config = config_of(selection="hash", top_k=1, hash_ngram=3)
+  logits = np.zeros((1, 60, E), np.float32)
+  packed = experts_of(routed(logits, config, token_ids=ids, segment_ids=segments))
+  alone = hashed(ids.reshape(3, 20), hash_ngram=3)
+  np.testing.assert_array_equal(packed.reshape(alone.shape), alone)
+  assert np.any(hashed(ids, hash_ngram=3) != packed)
+
+
+def test_a_hash_of_several_tokens_does_not_read_padding():
+  ids = np.array([[8, 9, 5, 6, 7]], np.int32)
+  mask = np.array([[False, False, True, True, True]])
+  config = config_of(selection="hash", top_k=1, hash_ngram=3)
+  padded = experts_of(routed(np.zeros((1, 5, E), np.float32), config, mask=mask, token_ids=ids))
+  np.testing.assert_array_equal(padded[:, 2:], hashed(ids[:, 2:], hash_ngram=3))
+
+
 def test_a_table_names_the_experts_themselves():
   ids = np.array([[0, 5, 3, 7]], np.int32)
   config = config_of(selection="table", top_k=2)
@@ -173,6 +193,9 @@ def test_tokens_of_a_segment_share_their_experts_and_padding_has_no_vote():
   means = [logits[0, :2].mean(0), logits[0, 3:6].mean(0), logits[0, 7]]
   for token, mean in zip((0, 1, 3, 4, 5, 7), [means[i] for i in (0, 0, 1, 1, 1, 2)], strict=True):
     assert set(experts[token]) == set(np.argsort(-mean)[:K])
+    # Zeros of padding in the mean would leave the order of experts, not their scores.
+    expected = np.sort(softmax(mean))[::-1][:K]
+    np.testing.assert_allclose(plan.weight[0, K * token : K * token + K], expected, rtol=1e-5)
 
 
 def test_two_levels_take_the_best_experts_of_the_best_gates():
