@@ -1,0 +1,30 @@
+"""Bytes of weights, optimizer state and cache, over all devices together."""
+
+import jax.numpy as jnp
+
+from moe_jax.models import ModelConfig
+from moe_jax.planning.count import count_parameters
+from moe_jax.planning.sizes import cache_width
+
+_FLOAT32_BYTES = 4
+
+
+def weight_bytes(config: ModelConfig) -> int:
+  """Returns the bytes of the parameters, float32 as training keeps them; router state included."""
+  count = count_parameters(config)
+  return _FLOAT32_BYTES * (count.total + count.selection_biases)
+
+
+def optimizer_bytes(config: ModelConfig) -> int:
+  """Returns the bytes of AdamW's two moments, float32; its step counters are left out."""
+  return 2 * _FLOAT32_BYTES * count_parameters(config).total
+
+
+def cache_bytes_per_token(config: ModelConfig) -> int:
+  """Returns the bytes that decoding keeps of one token, in the dtype of activations.
+
+  A window or chunk does not shorten the cache, which has a slot for every token. What says which
+  slots are real (one byte a slot, one more in a block that takes only some tokens) is left out.
+  """
+  numbers = sum(cache_width(getattr(config, block[0])) for block in config.layers())
+  return numbers * jnp.dtype(config.dtype).itemsize
