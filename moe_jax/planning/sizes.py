@@ -7,8 +7,7 @@ of relative positions).
 
 from typing import NamedTuple
 
-from moe_jax.layers.attention import AttentionConfig
-from moe_jax.layers.latent_attention import LatentAttentionConfig
+from moe_jax.layers.attention_config import AttentionConfig, LatentAttentionConfig
 from moe_jax.layers.mlp import FeedForwardConfig
 from moe_jax.models.config import ModelConfig
 from moe_jax.moe.layer import MoEConfig, SharedCombine
