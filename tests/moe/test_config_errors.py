@@ -123,7 +123,7 @@ def test_an_unknown_selection_names_the_nearest():
 
 
 def test_a_name_of_a_selection_is_taken_once():
-  text = message(register_selection, "top_k")
+  text = message(register_selection("top_k"), lambda view, config: None)
   assert "'top_k'" in text and "another name" in text
 
 
