@@ -56,9 +56,7 @@ def get_config(variant: str = "tiny") -> config_dict.ConfigDict:
     norm="layernorm_no_bias",
     norm_epsilon=1e-5,
   )
-  router = preset(
-    "mixtral", **size["router"], weighting="renormalized", balance_loss_weight=0.05
-  )
+  router = preset("mixtral", **size["router"], weighting="renormalized", balance_loss_weight=0.05)
   config["moe"] = dict(
     hidden_dim=size["hidden_dim"],
     gated=True,

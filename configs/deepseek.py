@@ -56,9 +56,7 @@ VARIANTS = {
       mlp=dict(hidden_dim=64, gated=True, activation="silu"),
     ),
     moe=dict(hidden_dim=32, shared_hidden_dim=32),
-    router=preset(
-      "deepseek_v3", num_experts=8, top_k=2, num_expert_groups=4, top_expert_groups=2
-    ),
+    router=preset("deepseek_v3", num_experts=8, top_k=2, num_expert_groups=4, top_expert_groups=2),
   ),
   "moe_16b": dict(
     model=dict(

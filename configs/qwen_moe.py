@@ -66,9 +66,7 @@ def get_config(variant: str = "tiny") -> config_dict.ConfigDict:
   """Returns the config of a variant."""
   size = choose_variant(variant, VARIANTS)
   config = dict(TINY_RUN if variant == "tiny" else PUBLISHED_RUN)
-  config["model"] = dict(
-    **size["model"], **size["attention"], rope_theta=1e6, norm_epsilon=1e-6
-  )
+  config["model"] = dict(**size["model"], **size["attention"], rope_theta=1e6, norm_epsilon=1e-6)
   config["moe"] = dict(
     **size["moe"],
     gated=True,

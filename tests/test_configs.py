@@ -9,7 +9,8 @@ from fast_compilation import compile_fast  # noqa: F401
 from training import tiny
 
 from moe_jax.config.load import load_config
-from moe_jax.planning.count import count_parameters, training_flops_per_token
+from moe_jax.planning.count import count_parameters
+from moe_jax.planning.flops import training_flops_per_token
 from moe_jax.training.config import experiment_from
 from moe_jax.training.optimizer import make_optimizer
 from moe_jax.training.state import init_state
