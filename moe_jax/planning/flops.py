@@ -111,7 +111,7 @@ def _score_flops(config: ModelConfig, length: int) -> float:
 
 
 def _block_scores(config: ModelConfig, block: tuple[str, ...], length: int) -> float:
-  section = getattr(config, block[0])
+  section = config.mixers()[block[0]]
   share, seen = 1.0, length
   if DEPTH in block:
     # Only the tokens that a block takes look at each other.

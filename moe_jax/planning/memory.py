@@ -26,5 +26,6 @@ def cache_bytes_per_token(config: ModelConfig) -> int:
   A window or chunk does not shorten the cache, which has a slot for every token. What says which
   slots are real (one byte a slot, one more in a block that takes only some tokens) is left out.
   """
-  numbers = sum(cache_width(getattr(config, block[0])) for block in config.layers())
+  mixers = config.mixers()
+  numbers = sum(cache_width(mixers[block[0]]) for block in config.layers())
   return numbers * jnp.dtype(config.dtype).itemsize

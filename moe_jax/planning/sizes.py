@@ -31,7 +31,7 @@ def norm_size(config: ModelConfig, width: int) -> Size:
 
 def mixer_size(config: ModelConfig, mixer: str) -> Size:
   """Returns the size of the mixer of that name, its own norms included."""
-  section = getattr(config, mixer)
+  section = config.mixers()[mixer]
   if isinstance(section, LatentAttentionConfig):
     return _latent_attention_size(config.model_dim, section)
   return _attention_size(config.model_dim, section)
