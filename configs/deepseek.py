@@ -86,6 +86,9 @@ VARIANTS = {
       num_expert_groups=1,
       top_expert_groups=1,
       weight_scale=1.0,
+      # All experts on one device: there is nothing to balance among devices.
+      device_loss_weight=0.0,
+      communication_loss_weight=0.0,
     ),
   ),
   "v2": dict(

@@ -160,10 +160,13 @@ class ModelConfig:
     if self.moe is None:
       return
     self.moe.check_width(self.model_dim)
-    if self.moe.routing.selection == "table":
+    blocks = [block for segment in self.parsed_segments() for block in segment.pattern]
+    routing = self.moe.routing
+    hashes = routing.selection == "hash" and routing.hash_ngram > 1
+    if hashes and any(block[1:] == ("moe", DEPTH) for block in blocks):
       raise UserError(
-        "selection = table takes expert ids where a language model has vocabulary ids; use"
-        " selection = hash, or call MoELayer with token_ids = table[tokens]"
+        f"hash_ngram = {routing.hash_ngram} is refused: it must be 1 in a 'moe:depth' block,"
+        " which does not see the tokens it leaves out"
       )
 
   def parsed_segments(self) -> tuple[Segment, ...]:

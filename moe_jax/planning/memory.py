@@ -4,20 +4,23 @@ import jax.numpy as jnp
 
 from moe_jax.models import ModelConfig
 from moe_jax.planning.count import count_parameters
-from moe_jax.planning.sizes import cache_width
+from moe_jax.planning.sizes import cache_width, router_state_size
 
-_FLOAT32_BYTES = 4
+# Of float32, and of the int32 of tables.
+_WORD_BYTES = 4
 
 
 def weight_bytes(config: ModelConfig) -> int:
   """Returns the bytes of the parameters, float32 as training keeps them; router state included."""
-  count = count_parameters(config)
-  return _FLOAT32_BYTES * (count.total + count.selection_biases)
+  state = 0
+  if config.moe is not None:
+    state = len(config.moe_layers()) * router_state_size(config.vocab_size, config.moe)
+  return _WORD_BYTES * (count_parameters(config).total + state)
 
 
 def optimizer_bytes(config: ModelConfig) -> int:
   """Returns the bytes of AdamW's two moments, float32; its step counters are left out."""
-  return 2 * _FLOAT32_BYTES * count_parameters(config).total
+  return 2 * _WORD_BYTES * count_parameters(config).total
 
 
 def cache_bytes_per_token(config: ModelConfig) -> int:

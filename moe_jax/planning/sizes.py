@@ -11,7 +11,7 @@ from moe_jax.layers.attention_config import AttentionConfig, LatentAttentionConf
 from moe_jax.layers.mlp import FeedForwardConfig
 from moe_jax.models.config import ModelConfig
 from moe_jax.moe.layer import MoEConfig, SharedCombine
-from moe_jax.moe.options import Noise
+from moe_jax.moe.options import BiasUpdate, Noise, Projection
 
 # Outputs of the gate that joins shared and routed experts.
 _SHARED_GATES = {SharedCombine.ADD: 0, SharedCombine.GATED: 1, SharedCombine.COEFFICIENT: 2}
@@ -89,7 +89,16 @@ def feed_forward_size(D: int, c: FeedForwardConfig) -> Size:
 def router_size(D: int, c: MoEConfig) -> Size:
   """Returns the size of one router, learned noise included."""
   maps = 2 if c.routing.noise == Noise.LEARNED else 1
-  return Size(maps * D * c.routing.num_logits)
+  logits = c.routing.num_logits
+  rest = {Projection.AFFINE: logits, Projection.NORMALIZED: 1}.get(c.routing.projection, 0)
+  return Size(maps * D * logits, rest)
+
+
+def router_state_size(vocab_size: int, c: MoEConfig) -> int:
+  """Returns the numbers of one router that no gradient reaches, selection biases included."""
+  biases = c.routing.num_logits if c.routing.bias_update != BiasUpdate.NONE else 0
+  table = vocab_size if c.routing.selection == "table" else 0
+  return biases + table + (c.routing.adaptive_target is not None)
 
 
 def shared_experts_size(D: int, c: MoEConfig) -> Size:
