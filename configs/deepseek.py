@@ -1,17 +1,18 @@
 """DeepSeek's mixtures of experts: MoE 16B (arXiv 2401.06066), V2 (2405.04434), V3 (2412.19437).
 
-  configs/deepseek.py:tiny       the default, V3's; 100 steps take seconds on a CPU
-  configs/deepseek.py:moe_16b    16.38 B total, 2.83 B active
-  configs/deepseek.py:v2_lite    15.71 B total, 2.66 B active
-  configs/deepseek.py:v2         235.74 B total, 21.38 B active
-  configs/deepseek.py:v3         671.03 B total, 37.55 B active
+  configs/deepseek.py:tiny     the default, V3's; a minute on a CPU, most of it to compile
+  configs/deepseek.py:moe_16b  16.38 B total, 2.83 B active, 17.1 GFLOP
+  configs/deepseek.py:v2_lite  15.71 B total, 2.66 B active, 16.4 GFLOP
+  configs/deepseek.py:v2       235.74 B total, 21.38 B active, 155 GFLOP
+  configs/deepseek.py:v3       671.03 B total, 37.55 B active, 250 GFLOP
 
 Sizes are those of the releases, without V3's module that predicts a second token. Many small
 experts of which some are shared, after one to three dense layers; from V2 on latent attention, from
 V3 on sigmoid scores and a selection bias. YaRN stretches 4,096 positions 40 times; its m(s) is the
 paper's 0.0707 ln s + 1 in V2 (section 3.1.4), 0.1 ln s + 1 in V3.
 
-Cost and memory of a size: `moe-jax plan --config=configs/deepseek.py:v3`.
+GFLOP: to train on a token of a sequence of 4,096. Memory and more:
+`moe-jax plan --config=configs/deepseek.py:v3`.
 """
 
 from ml_collections import config_dict

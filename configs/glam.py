@@ -1,17 +1,17 @@
 """GLaM (arXiv 2112.06905): every other layer is a mixture of 32 to 256 experts, two a token.
 
-  configs/glam.py:tiny         the default; 100 steps take seconds on a CPU
-  configs/glam.py:0_1b         dense, 138 M parameters
-  configs/glam.py:0_1b_64e     1.91 B total, 152 M active
-  configs/glam.py:1_7b         dense, 1.68 B
-  configs/glam.py:1_7b_32e     13.96 B total, 1.88 B active
-  configs/glam.py:1_7b_64e     26.84 B total, 1.88 B active
-  configs/glam.py:1_7b_128e    52.62 B total, 1.88 B active
-  configs/glam.py:1_7b_256e    104.16 B total, 1.88 B active
-  configs/glam.py:8b           dense, 8.72 B
-  configs/glam.py:8b_64e       142.94 B total, 9.80 B active
-  configs/glam.py:137b         dense, 137.70 B
-  configs/glam.py:64b_64e      1,161.76 B total, 96.60 B active
+  configs/glam.py:tiny       the default; a minute on a CPU, most of it to compile
+  configs/glam.py:0_1b       138 M, dense, 0.88 GFLOP
+  configs/glam.py:0_1b_64e   1.91 B total, 152 M active, 0.97 GFLOP
+  configs/glam.py:1_7b       1.68 B, dense, 10.4 GFLOP
+  configs/glam.py:1_7b_32e   13.96 B total, 1.88 B active, 11.6 GFLOP
+  configs/glam.py:1_7b_64e   26.84 B total, 1.88 B active, 11.6 GFLOP
+  configs/glam.py:1_7b_128e  52.62 B total, 1.88 B active, 11.6 GFLOP
+  configs/glam.py:1_7b_256e  104.16 B total, 1.88 B active, 11.6 GFLOP
+  configs/glam.py:8b         8.72 B, dense, 53.1 GFLOP
+  configs/glam.py:8b_64e     142.94 B total, 9.80 B active, 59.6 GFLOP
+  configs/glam.py:137b       137.70 B, dense, 833 GFLOP
+  configs/glam.py:64b_64e    1,161.76 B total, 96.60 B active, 586 GFLOP
 
 Sizes are those of the paper's Table 4. Its 64B/64E row needs a vocabulary of 256,000, the smaller
 ones 32,000, to give the printed figures; 1.7B/32E is printed as 20 B and is 13.96 B.
@@ -20,7 +20,8 @@ The blocks are those of google/praxis, layers/glam.py: the mixture comes first o
 are plain ReLU networks, dense feed-forwards gated GELU, RMSNorm without biases, a relative position
 bias in every layer, unscaled queries and a tied embedding. Sequences of 1,024 tokens.
 
-Cost and memory of a size: `moe-jax plan --config=configs/glam.py:64b_64e`.
+GFLOP: to train on a token of a sequence of 1,024. Memory and more:
+`moe-jax plan --config=configs/glam.py:64b_64e`.
 """
 
 from ml_collections import config_dict

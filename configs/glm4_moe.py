@@ -1,14 +1,15 @@
 """GLM-4.5 (arXiv 2508.06471): DeepSeek-V3's router without expert groups, grouped-query attention.
 
-  configs/glm4_moe.py:tiny       the default; 100 steps take seconds on a CPU
-  configs/glm4_moe.py:4_5_air    106.85 B total, 13.42 B active
-  configs/glm4_moe.py:4_5        352.80 B total, 33.63 B active
+  configs/glm4_moe.py:tiny     the default; a minute on a CPU, most of it to compile
+  configs/glm4_moe.py:4_5_air  106.85 B total, 13.42 B active, 90.7 GFLOP
+  configs/glm4_moe.py:4_5      352.80 B total, 33.63 B active, 225 GFLOP
 
 Sizes are those of the releases, without the module that predicts a second token, which the
 published 355 B count. One shared expert, one or three dense layers first, half of each head
 rotated, biases on queries, keys and values; GLM-4.5 normalises queries and keys of each head.
 
-Cost and memory of a size: `moe-jax plan --config=configs/glm4_moe.py:4_5`.
+GFLOP: to train on a token of a sequence of 4,096. Memory and more:
+`moe-jax plan --config=configs/glm4_moe.py:4_5`.
 """
 
 from ml_collections import config_dict

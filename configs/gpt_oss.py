@@ -1,14 +1,15 @@
 """gpt-oss (arXiv 2508.10925): 32 or 128 experts in every layer, four a token, biases everywhere.
 
-  configs/gpt_oss.py:tiny    the default; 100 steps take seconds on a CPU
-  configs/gpt_oss.py:20b     20.91 B total, 4.19 B active
-  configs/gpt_oss.py:120b    116.83 B total, 5.71 B active
+  configs/gpt_oss.py:tiny  the default; a minute on a CPU, most of it to compile
+  configs/gpt_oss.py:20b   20.91 B total, 4.19 B active, 22.9 GFLOP
+  configs/gpt_oss.py:120b  116.83 B total, 5.71 B active, 32.7 GFLOP
 
 The report's active figures, 3.6 B and 5.1 B, leave the input embedding out. Layers alternate
 between a window of 128 tokens and all of them; a learned logit per head joins the softmax; experts
 clamp their gated activation at 7. YaRN stretches 4,096 positions 32 times.
 
-Cost and memory of a size: `moe-jax plan --config=configs/gpt_oss.py:20b`.
+GFLOP: to train on a token of a sequence of 4,096. Memory and more:
+`moe-jax plan --config=configs/gpt_oss.py:20b`.
 """
 
 from ml_collections import config_dict

@@ -1,8 +1,8 @@
 """Llama 4, the text models: one routed and one shared expert a token.
 
-  configs/llama4.py:tiny             the default, Maverick's; 100 steps take seconds on a CPU
-  configs/llama4.py:scout_text       107.77 B total, 17.17 B active
-  configs/llama4.py:maverick_text    400.71 B total, 17.18 B active
+  configs/llama4.py:tiny           the default, Maverick's; a minute on a CPU, most of it to compile
+  configs/llama4.py:scout_text     107.77 B total, 17.17 B active, 103 GFLOP
+  configs/llama4.py:maverick_text  400.71 B total, 17.18 B active, 103 GFLOP
 
 Sizes are those of the releases, for which there is no paper; the vision tower, 0.87 B more, is not
 built. Scout has 16 experts in every layer, Maverick 128 in every other one. Three layers of four
@@ -10,7 +10,8 @@ attend within chunks of 8,192 positions, with rotary positions; the fourth sees 
 positions, its queries scaled by the logarithm of their place. A router's score multiplies the
 expert's input.
 
-Cost and memory of a size: `moe-jax plan --config=configs/llama4.py:maverick_text`.
+GFLOP: to train on a token of a sequence of 4,096. Memory and more:
+`moe-jax plan --config=configs/llama4.py:maverick_text`.
 """
 
 from ml_collections import config_dict

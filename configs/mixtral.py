@@ -1,13 +1,14 @@
 """Mixtral (arXiv 2401.04088): every feed-forward is a mixture of 8 experts, two a token.
 
-  configs/mixtral.py:tiny     the default; 100 steps take seconds on a CPU
-  configs/mixtral.py:8x7b     46.70 B total, 12.88 B active
-  configs/mixtral.py:8x22b    140.62 B total, 39.15 B active
+  configs/mixtral.py:tiny   the default; a minute on a CPU, most of it to compile
+  configs/mixtral.py:8x7b   46.70 B total, 12.88 B active, 79.7 GFLOP
+  configs/mixtral.py:8x22b  140.62 B total, 39.15 B active, 242 GFLOP
 
 The names multiply what only the experts have eight times: 8x7B is not 56 B, 8x22B not 176 B.
 Sizes are those of the releases (8x22B: v0.1, with a vocabulary of 32,000).
 
-Cost and memory of a size: `moe-jax plan --config=configs/mixtral.py:8x7b`.
+GFLOP: to train on a token of a sequence of 4,096. Memory and more:
+`moe-jax plan --config=configs/mixtral.py:8x7b`.
 """
 
 from ml_collections import config_dict

@@ -1,12 +1,13 @@
 """OLMoE (arXiv 2409.02060): 64 small experts in every layer, eight a token.
 
-  configs/olmoe.py:tiny     the default; 100 steps take seconds on a CPU
-  configs/olmoe.py:1b_7b    6.92 B total, 1.28 B active
+  configs/olmoe.py:tiny   the default; a minute on a CPU, most of it to compile
+  configs/olmoe.py:1b_7b  6.92 B total, 1.28 B active, 7.88 GFLOP
 
 Sizes are those of the release. Queries and keys are normalised over the whole projection, router
 weights are not renormalised.
 
-Cost and memory of a size: `moe-jax plan --config=configs/olmoe.py:1b_7b`.
+GFLOP: to train on a token of a sequence of 4,096. Memory and more:
+`moe-jax plan --config=configs/olmoe.py:1b_7b`.
 """
 
 from ml_collections import config_dict

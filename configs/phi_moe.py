@@ -1,12 +1,13 @@
 """Phi-3.5-MoE, trained as GRIN (arXiv 2409.12136): 16 experts, two a token by SparseMixer.
 
-  configs/phi_moe.py:tiny    the default; 100 steps take seconds on a CPU
-  configs/phi_moe.py:3_5     41.87 B total, 6.64 B active
+  configs/phi_moe.py:tiny  the default; a minute on a CPU, most of it to compile
+  configs/phi_moe.py:3_5   41.87 B total, 6.64 B active, 42.3 GFLOP
 
 Size of the release: LayerNorm, and biases in attention and on the logits. Its stretching of rotary
 positions beyond 4,096 (longrope) is left out.
 
-Cost and memory of a size: `moe-jax plan --config=configs/phi_moe.py:3_5`.
+GFLOP: to train on a token of a sequence of 4,096. Memory and more:
+`moe-jax plan --config=configs/phi_moe.py:3_5`.
 """
 
 from ml_collections import config_dict

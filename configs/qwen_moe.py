@@ -1,16 +1,17 @@
 """Qwen's mixtures of experts: Qwen1.5-MoE, Qwen2 (arXiv 2407.10671), Qwen3 (arXiv 2505.09388).
 
-  configs/qwen_moe.py:tiny           the default, Qwen3's; 100 steps take seconds on a CPU
-  configs/qwen_moe.py:1_5_a2_7b      Qwen1.5-MoE-A2.7B: 14.32 B total, 2.69 B active
-  configs/qwen_moe.py:2_57b_a14b     Qwen2-57B-A14B: 57.41 B total, 14.25 B active
-  configs/qwen_moe.py:3_30b_a3b      Qwen3-30B-A3B: 30.53 B total, 3.35 B active
-  configs/qwen_moe.py:3_235b_a22b    Qwen3-235B-A22B: 235.09 B total, 22.19 B active
+  configs/qwen_moe.py:tiny         the default, Qwen3's; a minute on a CPU, most of it to compile
+  configs/qwen_moe.py:1_5_a2_7b    14.32 B total, 2.69 B active, 15.5 GFLOP
+  configs/qwen_moe.py:2_57b_a14b   57.41 B total, 14.25 B active, 84.7 GFLOP
+  configs/qwen_moe.py:3_30b_a3b    30.53 B total, 3.35 B active, 23.1 GFLOP
+  configs/qwen_moe.py:3_235b_a22b  235.09 B total, 22.19 B active, 148 GFLOP
 
 Sizes are those of the releases. The first two add a shared expert through a sigmoid gate, have
 biases on queries, keys and values, and do not renormalise router weights; Qwen3 normalises queries
 and keys of each head and renormalises the weights.
 
-Cost and memory of a size: `moe-jax plan --config=configs/qwen_moe.py:3_30b_a3b`.
+GFLOP: to train on a token of a sequence of 4,096. Memory and more:
+`moe-jax plan --config=configs/qwen_moe.py:3_30b_a3b`.
 """
 
 from ml_collections import config_dict

@@ -1,6 +1,7 @@
 """Every published size has the parameters that its source's hyper-parameters come to."""
 
 import json
+import re
 
 import pytest
 from planning.real_model import sizes_by_component
@@ -8,6 +9,7 @@ from training import tiny
 
 from moe_jax.config.load import load_config
 from moe_jax.planning.count import count_parameters
+from moe_jax.planning.flops import training_flops_per_token
 from moe_jax.training.config import model_from
 
 MODELS = json.loads((tiny.ROOT / "tests/fixtures/published_parameters.json").read_text())["models"]
@@ -32,3 +34,25 @@ def test_the_real_model_has_those_shapes(source):
   count, sizes = count_parameters(config), sizes_by_component(config)
   assert sizes.pop("selection_biases", 0) == count.selection_biases
   assert sizes == {name: part.total for name, part in count.components.items()}
+
+
+def written(number: float) -> str:
+  """As docstrings write parameters: two decimals of 1e9, below that whole millions."""
+  return f"{number / 1e9:,.2f} B" if number >= 1e9 else f"{number / 1e6:.0f} M"
+
+
+@pytest.mark.parametrize("path", sorted((tiny.ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_docstrings_tell_counts_and_cost(path):
+  lines = re.findall(r"^  configs/(\S+) +(.*), ([\d.]+) GFLOP$", path.read_text(), flags=re.M)
+  assert bool(lines) == (f"{path.name}:tiny" in path.read_text())
+  for source, sizes, gigaflops in lines:
+    mapping = load_config(f"{tiny.ROOT}/configs/{source}").to_dict()
+    config = model_from(mapping)
+    count = count_parameters(config)
+    expected = f"{written(count.total)} total, {written(count.active)} active"
+    if config.moe is None:
+      expected = f"{written(count.total)}, dense"
+    assert sizes == expected, source
+    flops = training_flops_per_token(config, mapping["data"]["sequence_length"]) / 1e9
+    decimals = len(gigaflops.partition(".")[2])
+    assert gigaflops == f"{flops:.{decimals}f}", source
