@@ -10,6 +10,7 @@ from training import tiny
 from moe_jax.config.load import load_config
 from moe_jax.planning.count import count_parameters
 from moe_jax.planning.flops import training_flops_per_token
+from moe_jax.planning.memory import cache_bytes_per_token
 from moe_jax.training.config import model_from
 
 MODELS = json.loads((tiny.ROOT / "tests/fixtures/published_parameters.json").read_text())["models"]
@@ -56,3 +57,12 @@ def test_docstrings_tell_counts_and_cost(path):
     flops = training_flops_per_token(config, mapping["data"]["sequence_length"]) / 1e9
     decimals = len(gigaflops.partition(".")[2])
     assert gigaflops == f"{flops:.{decimals}f}", source
+
+
+def test_deepseeks_own_accounts_of_cost_and_cache():
+  # arXiv 2505.09343 Table 2: 155 and 250 GFLOP to train on a token, of sequences of 4,096; Table 1:
+  # 70.272 KB of cache a token.
+  for variant, gigaflops in (("v2", 155), ("v3", 250)):
+    config = model_of(f"configs/deepseek.py:{variant}")
+    assert round(training_flops_per_token(config, 4096) / 1e9) == gigaflops
+  assert cache_bytes_per_token(config) == 70_272
