@@ -16,6 +16,7 @@ LOGICAL_AXES = {
   "expert": "E",
   "expert_mlp": "F of an expert",
   "router": "E as outputs of the router, which every device needs whole",
+  "joined": "2 D, two vectors that one matrix projects",
   "latent": "rank of latent attention's compressed queries, or keys and values",
   "norm": "D of a norm's scale and bias",
   "bias": "outputs of a projection's bias, attention sinks, buckets of a relative bias",

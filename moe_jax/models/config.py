@@ -81,6 +81,10 @@ class ModelConfig:
     embedding_multiplier, residual_multiplier: factors of the embedding, and of what every mixer and
       feed-forward adds to the residual stream (Granite).
     logits_divisor: what the logits are divided by (Granite).
+    mtp_depth: further tokens that training predicts at every place, besides the next one
+      (DeepSeek-V3, see `moe_jax.models.multi_token`); each costs a block like the last one.
+    mtp_loss_weight: coefficient of the mean over depths of their cross-entropies; DeepSeek-V3 takes
+      0.3 for most of its training, then 0.1.
     dropout: rate on the embedding and on the output of every mixer and feed-forward, in training.
     init_scale: of the blocks' matrices, see `moe_jax.layers.parameters.parameter`; Switch uses
       0.1. Embedding and head keep 1.0.
@@ -106,6 +110,8 @@ class ModelConfig:
   embedding_multiplier: float = 1.0
   residual_multiplier: float = 1.0
   logits_divisor: float = 1.0
+  mtp_depth: int = 0
+  mtp_loss_weight: float = 0.3
   dropout: float = 0.0
   init_scale: float = 1.0
   dtype: str = "float32"
@@ -131,6 +137,11 @@ class ModelConfig:
     ):
       if not 0 < getattr(self, name) < math.inf:
         raise UserError(f"{name} = {getattr(self, name)} is refused: it must be greater than 0")
+    if self.mtp_depth < 0 or not 0 <= self.mtp_loss_weight < math.inf:
+      raise UserError(
+        f"mtp_depth = {self.mtp_depth} with mtp_loss_weight = {self.mtp_loss_weight} is refused:"
+        " both must be 0 or greater"
+      )
     self._check_sections()
     self._check_experts()
     # JSON gives lists, and a config must be hashable: it is part of what is compiled.
@@ -183,9 +194,11 @@ class ModelConfig:
     """Returns (mixer, feed-forward), and "depth" after them if so, of every block in order."""
     return [block for s in self.parsed_segments() for block in s.pattern * s.repeats]
 
-  def moe_layers(self) -> list[int]:
-    """Returns the indices of the blocks with experts."""
-    return [i for i, block in enumerate(self.layers()) if block[1] == "moe"]
+  def moe_layers(self, *, train: bool = False) -> list[int]:
+    """Returns the indices of the blocks with experts; training has those of `mtp_depth` behind."""
+    kinds = [block[1] for block in self.layers()]
+    kinds += kinds[-1:] * (self.mtp_depth if train else 0)
+    return [i for i, kind in enumerate(kinds) if kind == "moe"]
 
   def depth_layers(self) -> list[int]:
     """Returns the indices of the blocks that only some tokens take."""

@@ -15,6 +15,9 @@ from moe_jax.moe.layer import NO_INPUTS, MoEAux, RouterInputs, TokenInfo
 # One cache a block of the pattern, each stacked over the repeats; None without a cache.
 SegmentCache = tuple[Cache | DepthCache | None, ...] | None
 
+# What a block tells of its experts, or of the tokens that took it.
+Record = MoEAux | DepthAux
+
 _REMAT_POLICIES = {
   Remat.FULL: None,
   Remat.DOTS: jax.checkpoint_policies.dots_saveable,
@@ -54,7 +57,7 @@ class ScannedSegment(nnx.Module):
     inputs: RouterInputs = NO_INPUTS,
     key: jax.Array | None,
     train: bool,
-  ) -> tuple[jax.Array, SegmentCache, list[MoEAux | DepthAux]]:
+  ) -> tuple[jax.Array, SegmentCache, list[Record]]:
     """Runs the segment; returns x, the new cache and a record a MoE or depth block, in order.
 
     `contexts` holds that of every mixer word; `inputs` has a leading axis of the segment's MoE
