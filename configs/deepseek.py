@@ -6,10 +6,11 @@
   configs/deepseek.py:v2       235.74 B total, 21.38 B active, 155 GFLOP
   configs/deepseek.py:v3       671.03 B total, 37.55 B active, 250 GFLOP
 
-Sizes are those of the releases, without V3's module that predicts a second token. Many small
-experts of which some are shared, after one to three dense layers; from V2 on latent attention, from
-V3 on sigmoid scores and a selection bias. YaRN stretches 4,096 positions 40 times; its m(s) is the
-paper's 0.0707 ln s + 1 in V2 (section 3.1.4), 0.1 ln s + 1 in V3.
+Sizes are those of the releases. Many small experts of which some are shared, after one to three
+dense layers; from V2 on latent attention; in V3 sigmoid scores, a selection bias, and in training a
+module that predicts a second token, 11.61 B more, which these counts leave out. YaRN stretches
+4,096 positions 40 times; its m(s) is the paper's 0.0707 ln s + 1 in V2 (section 3.1.4), in V3
+0.1 ln s + 1.
 
 GFLOP: to train on a token of a sequence of 4,096. Memory and more:
 `moe-jax plan --config=configs/deepseek.py:v3`.
@@ -55,6 +56,7 @@ VARIANTS = {
         num_heads=2, query_rank=16, kv_rank=16, nope_dim=8, rope_dim=8, value_dim=8
       ),
       mlp=dict(hidden_dim=64, gated=True, activation="silu"),
+      mtp_depth=1,
     ),
     moe=dict(hidden_dim=32, shared_hidden_dim=32),
     router=preset("deepseek_v3", num_experts=8, top_k=2, num_expert_groups=4, top_expert_groups=2),
@@ -110,6 +112,7 @@ VARIANTS = {
       segments=(("latent_attention:dense", 3), ("latent_attention:moe", 58)),
       latent_attention=_latent(128, 1536, 1.0),
       mlp=dict(hidden_dim=18432, gated=True, activation="silu"),
+      mtp_depth=1,
     ),
     moe=dict(hidden_dim=2048, shared_hidden_dim=2048),
     router=preset("deepseek_v3"),

@@ -4,9 +4,10 @@
   configs/glm4_moe.py:4_5_air  106.85 B total, 13.42 B active, 90.7 GFLOP
   configs/glm4_moe.py:4_5      352.80 B total, 33.63 B active, 225 GFLOP
 
-Sizes are those of the releases, without the module that predicts a second token, which the
-published 355 B count. One shared expert, one or three dense layers first, half of each head
-rotated, biases on queries, keys and values; GLM-4.5 normalises queries and keys of each head.
+Sizes are those of the releases, without the module that predicts a second token
+(`--config.model.mtp_depth=1`; the published 355 B count it, and no embeddings). One shared expert,
+one or three dense layers first, half of each head rotated, biases on queries, keys and values;
+GLM-4.5 normalises queries and keys of each head.
 
 GFLOP: to train on a token of a sequence of 4,096. Memory and more:
 `moe-jax plan --config=configs/glm4_moe.py:4_5`.

@@ -85,6 +85,9 @@ def _parts(plan: Plan) -> Table:
   )
   without = plan.active_parameters_without_input_embedding
   table.add_row("without the input embedding", "", f"{without:,}", "")
+  if plan.multi_token_prediction_parameters:
+    further = plan.multi_token_prediction_parameters
+    table.add_row("multi-token prediction, apart", f"{further:,}", "", "")
   if plan.selection_biases:
     table.add_row("selection biases, apart", f"{plan.selection_biases:,}", "", "")
   return table
@@ -102,11 +105,14 @@ def _costs(plan: Plan) -> Table:
     ("gradient bytes", _compact(plan.gradient_bytes), "float32"),
     ("optimizer bytes", _compact(plan.optimizer_bytes), "AdamW, float32"),
   ]
+  further = plan.multi_token_prediction_flops_per_token_training
+  if further:
+    rows.insert(2, ("multi-token prediction's", _compact(further), "in training, on top"))
   if plan.dispatch_form is not None:
     form = f"dispatch = {plan.dispatch_form}, {B} sequences a call"
     extra = plan.dispatch_flops_per_token_forward + plan.empty_slot_flops_per_token_forward
-    rows.insert(2, ("rows experts compute a token", f"{plan.slots_per_token:.4g}", form))
-    rows.insert(3, ("forward FLOPs beyond the model's", _compact(extra), "moves and empty slots"))
+    rows.insert(-4, ("rows experts compute a token", f"{plan.slots_per_token:.4g}", form))
+    rows.insert(-4, ("forward FLOPs beyond the model's", _compact(extra), "moves and empty slots"))
   for row in rows:
     table.add_row(*row)
   table.columns[2].justify = "left"

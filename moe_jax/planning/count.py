@@ -27,6 +27,8 @@ COMPONENTS = (
   "depth_router",
 )
 
+_WHOLE = fractions.Fraction(1)
+
 
 @dataclasses.dataclass(frozen=True)
 class Component:
@@ -59,16 +61,18 @@ class ParameterCount:
 
   Attributes:
     components: by name, those of `COMPONENTS` that the model has.
-    selection_biases: the router's biases that choose experts (DeepSeek-V3). They are counted apart:
-      a rule and no gradient moves them.
+    multi_token: the modules of multi-token prediction, which only training uses; counted apart.
+    selection_biases: the router's biases that choose experts (DeepSeek-V3), without those of
+      `multi_token`. They are counted apart: a rule and no gradient moves them.
   """
 
   components: dict[str, Component]
+  multi_token: Component
   selection_biases: int
 
   @property
   def total(self) -> int:
-    """All parameters."""
+    """All parameters but those counted apart."""
     return sum(part.total for part in self.components.values())
 
   @property
@@ -111,27 +115,39 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
   biases = 0
   if config.moe is not None and config.moe.routing.bias_update != BiasUpdate.NONE:
     biases = len(config.moe_layers()) * config.moe.routing.num_logits
-  return ParameterCount({name: part for name, part in parts.items() if part.total}, biases)
+  parts = {name: part for name, part in parts.items() if part.total}
+  return ParameterCount(parts, _multi_token(config), biases)
+
+
+def _multi_token(config: ModelConfig) -> Component:
+  """Returns the modules of multi-token prediction; embedding and head are the model's own."""
+  D, part = config.model_dim, Component()
+  for _ in range(config.mtp_depth):
+    part = part.plus(Size(2 * D * D), _WHOLE)
+    for _ in range(3):
+      part = part.plus(norm_size(config, D), _WHOLE)
+    for _, size, share in _block(config, config.layers()[-1][:2]):
+      part = part.plus(size, share)
+  return part
 
 
 def _outside_blocks(config: ModelConfig):
   """Yields (component, size, share of tokens) of what is there once."""
   embedding = config.vocab_size * config.model_dim
-  whole = fractions.Fraction(1)
   if config.tie_embeddings:
     # Looked up and, as the head, multiplied.
-    yield "embedding", Size(embedding), whole
+    yield "embedding", Size(embedding), _WHOLE
   else:
-    yield "embedding", Size(0, embedding), whole
-    yield "head", Size(embedding), whole
-  yield "head", Size(0, config.vocab_size if config.head_bias else 0), whole
-  yield "norms", norm_size(config, config.model_dim), whole
+    yield "embedding", Size(0, embedding), _WHOLE
+    yield "head", Size(embedding), _WHOLE
+  yield "head", Size(0, config.vocab_size if config.head_bias else 0), _WHOLE
+  yield "norms", norm_size(config, config.model_dim), _WHOLE
 
 
 def _block(config: ModelConfig, block: tuple[str, ...]):
   """Yields (component, size, share of tokens) of a block."""
   D, (mixer, feed_forward) = config.model_dim, block[:2]
-  share = fractions.Fraction(1)
+  share = _WHOLE
   if DEPTH in block:
     yield "depth_router", Size(D), share
     share = fractions.Fraction(str(config.depth.capacity))

@@ -53,9 +53,22 @@ def forward_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
 def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
   """Returns forward + backward FLOPs a token: the backward pass costs two forward passes.
 
-  What `remat` computes again is not counted: it is a price of memory and not the model's.
+  Multi-token prediction is left out, see `multi_token_flops_per_token`, and so is what `remat`
+  computes again: a price of memory and not the model's.
   """
   return 3.0 * forward_flops_per_token(config, sequence_length)
+
+
+def multi_token_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
+  """Returns what multi-token prediction adds to the FLOPs a token in training, the head included.
+
+  Every depth multiplies the head once more (arXiv 2412.19437 section 2.2); the few places at the
+  end of a sequence that it leaves out are counted.
+  """
+  modules = count_parameters(config).multi_token.matmul_active
+  head = config.vocab_size * config.model_dim
+  scores = _block_scores(config, config.layers()[-1][:2], sequence_length)
+  return 3.0 * (2.0 * float(modules + config.mtp_depth * head) + config.mtp_depth * scores)
 
 
 def mean_visible(length: int, window: int | None = None, chunk: int | None = None) -> float:

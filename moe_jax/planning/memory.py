@@ -11,16 +11,20 @@ _WORD_BYTES = 4
 
 
 def weight_bytes(config: ModelConfig) -> int:
-  """Returns the bytes of the parameters, float32 as training keeps them; router state included."""
+  """Returns the bytes of the parameters, float32 as training keeps them.
+
+  Router state and the modules of multi-token prediction are included.
+  """
   state = 0
   if config.moe is not None:
-    state = len(config.moe_layers()) * router_state_size(config.vocab_size, config.moe)
-  return _WORD_BYTES * (count_parameters(config).total + state)
+    layers = len(config.moe_layers(train=True))
+    state = layers * router_state_size(config.vocab_size, config.moe)
+  return _WORD_BYTES * (_all_parameters(config) + state)
 
 
 def optimizer_bytes(config: ModelConfig) -> int:
   """Returns the bytes of AdamW's two moments, float32; its step counters are left out."""
-  return 2 * _WORD_BYTES * count_parameters(config).total
+  return 2 * _WORD_BYTES * _all_parameters(config)
 
 
 def cache_bytes_per_token(config: ModelConfig) -> int:
@@ -32,3 +36,8 @@ def cache_bytes_per_token(config: ModelConfig) -> int:
   mixers = config.mixers()
   numbers = sum(cache_width(mixers[block[0]]) for block in config.layers())
   return numbers * jnp.dtype(config.dtype).itemsize
+
+
+def _all_parameters(config: ModelConfig) -> int:
+  count = count_parameters(config)
+  return count.total + count.multi_token.total

@@ -8,6 +8,7 @@ from moe_jax.planning.flops import (
   DispatchCost,
   dispatch_cost,
   forward_flops,
+  multi_token_flops_per_token,
   training_flops_per_token,
 )
 from moe_jax.planning.memory import cache_bytes_per_token, optimizer_bytes, weight_bytes
@@ -23,11 +24,13 @@ class Plan:
     active_parameters_without_input_embedding: the same without the matrix that tokens are looked
       up in, tied to the head or not.
     active_parameters_without_embeddings: the same without embedding and head.
-    selection_biases: of all routers; a rule and no gradient moves them.
+    multi_token_prediction_parameters: of the modules that predict further tokens in training.
+    selection_biases: of all routers but theirs; a rule and no gradient moves them.
     components: `total_parameters` and `active_parameters` of each part.
     batch_size, sequence_length: of the call whose FLOPs these are.
     flops_per_token_forward: see `moe_jax.planning.flops`.
-    flops_per_token_training: forward and backward.
+    flops_per_token_training: forward and backward, without multi-token prediction.
+    multi_token_prediction_flops_per_token_training: what that adds.
     flops_per_token_forward_by_component: what the forward FLOPs are the sum of.
     dispatch_form: how tokens travel to experts; None without experts.
     dispatch_flops_per_token_forward, empty_slot_flops_per_token_forward: what that form adds, over
@@ -41,12 +44,14 @@ class Plan:
   active_parameters: int
   active_parameters_without_input_embedding: int
   active_parameters_without_embeddings: int
+  multi_token_prediction_parameters: int
   selection_biases: int
   components: dict[str, dict[str, int]]
   batch_size: int
   sequence_length: int
   flops_per_token_forward: float
   flops_per_token_training: float
+  multi_token_prediction_flops_per_token_training: float
   flops_per_token_forward_by_component: dict[str, float]
   dispatch_form: str | None
   dispatch_flops_per_token_forward: float
@@ -67,6 +72,7 @@ def plan_model(config: ModelConfig, *, batch_size: int, sequence_length: int) ->
     active_parameters=count.active,
     active_parameters_without_input_embedding=count.active_without_input_embedding,
     active_parameters_without_embeddings=count.active_without_embeddings,
+    multi_token_prediction_parameters=count.multi_token.total,
     selection_biases=count.selection_biases,
     components={
       name: {"total_parameters": part.total, "active_parameters": round(part.active)}
@@ -76,6 +82,9 @@ def plan_model(config: ModelConfig, *, batch_size: int, sequence_length: int) ->
     sequence_length=sequence_length,
     flops_per_token_forward=sum(flops.values()),
     flops_per_token_training=training_flops_per_token(config, sequence_length),
+    multi_token_prediction_flops_per_token_training=multi_token_flops_per_token(
+      config, sequence_length
+    ),
     flops_per_token_forward_by_component=flops,
     **_dispatch(config, batch_size, sequence_length),
     cache_bytes_per_token=cache_bytes_per_token(config),

@@ -15,10 +15,12 @@ def abstract_model(config: ModelConfig) -> Decoder:
 
 
 def sizes_by_component(config: ModelConfig) -> dict[str, int]:
-  """Returns the parameters of each component, selection biases under their own name."""
+  """Returns the parameters of each component, multi-token modules and biases under their own."""
   model, sizes = abstract_model(config), {}
   for path, variable in nnx.to_flat_state(nnx.state(model)):
-    name = "selection_biases" if isinstance(variable, RouterState) else component(path)
+    name = "multi_token" if path[0] == "mtp" else component(path)
+    if isinstance(variable, RouterState):
+      name = f"{name} state"
     sizes[name] = sizes.get(name, 0) + math.prod(variable.get_value().shape)
   return sizes
 

@@ -16,6 +16,7 @@ from moe_jax.planning.flops import (
   forward_flops,
   forward_flops_per_token,
   mean_visible,
+  multi_token_flops_per_token,
   training_flops_per_token,
 )
 
@@ -46,6 +47,15 @@ def test_components_of_an_alternating_model_by_hand():
     "routed_experts": 2 * 2 * 2 * 3 * 8 * 6,
     "attention_scores": 4 * 2 * (2 * 16) * 5.5,
   }
+
+
+def test_multi_token_prediction_by_hand():
+  config = dataclasses.replace(CONFIGS["alternating"], mtp_depth=2)
+  assert forward_flops_per_token(config, 10) == forward_flops_per_token(CONFIGS["alternating"], 10)
+  # Each depth: 2 D to D, a block like the last one (attention, router, 2 of 4 experts), the head.
+  matrices = 2 * 8 * 8 + (2 * 8 * 16 + 2 * 8 * 8) + 8 * 4 + 2 * 3 * 8 * 6 + 13 * 8
+  depth = 3 * (2 * matrices + 2 * (2 * 16) * 5.5)
+  assert multi_token_flops_per_token(config, 10) == 2 * depth
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 12])

@@ -21,8 +21,11 @@ def test_json_has_exact_numbers(capsys):
   assert plan["active_parameters"] == 37_552_282_624
   assert plan["active_parameters_without_input_embedding"] == 36_625_603_584
   assert plan["selection_biases"] == 58 * 256
+  # Apart: a projection of 2 D to D, three norms, and a block of 256 + 1 experts.
+  assert plan["multi_token_prediction_parameters"] == 11_610_067_968
   assert plan["cache_bytes_per_token"] == 2 * 576 * 61
-  assert plan["optimizer_bytes"] == 2 * plan["gradient_bytes"] == 8 * plan["total_parameters"]
+  everything = plan["total_parameters"] + plan["multi_token_prediction_parameters"]
+  assert plan["optimizer_bytes"] == 2 * plan["gradient_bytes"] == 8 * everything
   assert plan["flops_per_token_training"] == 3 * plan["flops_per_token_forward"]
   parts = plan["components"].values()
   assert sum(part["total_parameters"] for part in parts) == plan["total_parameters"]
@@ -63,7 +66,14 @@ def test_a_file_with_a_vocabulary_needs_no_tokenizer(tmp_path, capsys):
 def test_the_table_shows_the_same_numbers(capsys):
   assert main(["plan", V3]) == 0
   shown = capsys.readouterr().out
-  for text in ("671,026,404,352", "37,552,282,624", "36,625,603,584", "14,848", "70,272"):
+  for text in (
+    "671,026,404,352",
+    "37,552,282,624",
+    "36,625,603,584",
+    "14,848",
+    "70,272",
+    "11,610,067,968",
+  ):
     assert text in shown
   assert max(map(len, shown.splitlines())) <= 100
 
