@@ -43,7 +43,17 @@ VARIANTS = {
   "scout_text": dict(
     model=dict(model_dim=5120, segments=((_EVERY_LAYER, 12),)),
     heads=_HEADS,
-    local=dict(chunk=8192, qk_norm="l2"),
+    local=dict(
+      chunk=8192,
+      qk_norm="l2",
+      rope_scaling=dict(
+        kind="llama3",
+        factor=16.0,
+        original_max_position=8192,
+        low_freq_factor=1.0,
+        high_freq_factor=1.0,
+      ),
+    ),
     dense_hidden_dim=None,
     hidden_dim=8192,
     num_experts=16,
