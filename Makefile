@@ -8,7 +8,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: train test test-full lint bench clean
+.PHONY: train test test-full mutants lint bench clean
 
 train: $(READY)
 	$(BIN)/moe-jax train --config=configs/quickstart.py --workdir=runs/quickstart
@@ -17,7 +17,11 @@ test: $(READY)
 	$(PYTEST)
 
 test-full: $(READY)
-	$(PYTEST) -m "full or not full"
+	$(PYTEST)
+	$(PYTEST) --dist load -m full --full-report=tests
+
+mutants: $(READY)
+	$(BIN)/python tests/mutations/run.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """Hugging Face's Mixtral block with its `grouped_mm` experts, timed beside ours where it is there.
 
 Neither torch nor transformers is a dependency: without them, or with versions that lack the grouped
-product, `make_programs` says why there is no row.
+product, `why_not` says why there is no row. The block has no balance loss and no metrics.
 """
 
 import importlib.util
@@ -27,9 +27,18 @@ def why_not(shape: Shape) -> str | None:
     return "this version of transformers has no grouped experts"
   import torch
 
-  if not hasattr(torch, "_grouped_mm"):
+  if not hasattr(torch.nn.functional, "grouped_mm"):
     return "this version of torch has no grouped product"
   return None
+
+
+def versions() -> str:
+  """Returns what the row was measured with; `why_not` must be None."""
+  import torch
+  import transformers
+
+  threads = torch.get_num_threads()
+  return f"torch {torch.__version__}, transformers {transformers.__version__}, {threads} threads"
 
 
 def make_programs(shape: Shape, dtype: jnp.dtype) -> tuple[Program, Program]:
@@ -73,8 +82,8 @@ def _block(shape: Shape):
     num_local_experts=shape.num_experts,
     num_experts_per_tok=shape.top_k,
     hidden_act="silu",
+    experts_implementation="grouped_mm",
   )
-  config._experts_implementation = "grouped_mm"
   block = MixtralSparseMoeBlock(config)
   with torch.no_grad():
     # Its weights are uninitialised memory until a model fills them.

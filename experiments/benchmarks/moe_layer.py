@@ -163,7 +163,9 @@ def _notes(shape: Shape, rows: list[dict]) -> list[str]:
       )
     )
   missing = hugging_face.why_not(shape)
-  return notes + ([f"no row for {hugging_face.LABEL}: {missing}"] if missing else [])
+  if missing is None:
+    return notes + [f"{hugging_face.LABEL}: {hugging_face.versions()}"]
+  return notes + [f"no row for {hugging_face.LABEL}: {missing}"]
 
 
 def _environment() -> dict[str, str]:

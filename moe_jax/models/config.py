@@ -171,10 +171,9 @@ class ModelConfig:
     if self.moe is None:
       return
     self.moe.check_width(self.model_dim)
-    blocks = [block for segment in self.parsed_segments() for block in segment.pattern]
     routing = self.moe.routing
-    hashes = routing.selection == "hash" and routing.hash_ngram > 1
-    if hashes and any(block[1:] == ("moe", DEPTH) for block in blocks):
+    hashes_several = routing.selection == "hash" and routing.hash_ngram > 1
+    if hashes_several and any(block[1:] == ("moe", DEPTH) for block in self.layers()):
       raise UserError(
         f"hash_ngram = {routing.hash_ngram} is refused: it must be 1 in a 'moe:depth' block,"
         " which does not see the tokens it leaves out"

@@ -17,7 +17,7 @@ from absl import logging
 
 from moe_jax.choices import as_choice
 from moe_jax.layers.mlp import Product
-from moe_jax.moe.kernels.blocked import block_rows, blocked_experts
+from moe_jax.moe.kernels.blocked import block_lengths, blocked_experts
 from moe_jax.moe.kernels.megablox import Megablox
 from moe_jax.moe.kernels.products import grouped_dot
 from moe_jax.moe.kernels.triton import Triton
@@ -85,9 +85,9 @@ def grouped_experts(
   if kernel == GroupedKernel.BLOCKED:
     num_experts = rows_per_expert.shape[0]
     keys = None if key is None else jax.random.split(key, num_experts)
-    block = block_rows(moves.assignment.size, num_experts)
+    blocks = block_lengths(moves.assignment.size, num_experts)
     arrays = x, weight, moves, rows_per_expert, weights, keys
-    return blocked_experts(network, block, weight_on, *arrays)
+    return blocked_experts(network, blocks, weight_on, *arrays)
 
   def product(rows, weights, bias=None):
     y = grouped_dot(_KERNELS[kernel], rows, weights, rows_per_expert)

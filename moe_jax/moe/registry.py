@@ -6,6 +6,7 @@ gives it a name that configs can use. The README shows one.
 
 import dataclasses
 import enum
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -139,7 +140,8 @@ def register_selection(name: str, **traits) -> Callable[[SelectFunction], Select
 def _origin(function: SelectFunction) -> object:
   """Returns what tells one function of the source from another, whatever runs the file."""
   code = getattr(function, "__code__", None)
-  return function if code is None else (code.co_filename, code.co_qualname)
+  # A file that is run by its relative path and one that is imported are the same.
+  return function if code is None else (os.path.abspath(code.co_filename), code.co_qualname)
 
 
 def get_selector(name: str) -> Selector:

@@ -61,6 +61,7 @@ def test_training_alone_leaks_where_only_training_looks_ahead(name):
     (dict(priority="max_score"), "priority = max_score"),
     (dict(drop_order="token_major", overflow="reroute"), "overflow = reroute"),
     (dict(granularity="segment"), "granularity = segment"),
+    (dict(selection="sinkhorn", top_k=1, overflow="dropless"), "selection = sinkhorn"),
     (dict(drop_order="token_major"), None),
     (dict(capacity_factor=8.0), None),
   ],

@@ -1,6 +1,7 @@
 """Modules that a config names are imported, once, and every fault is one sentence."""
 
 import importlib
+import runpy
 import sys
 
 import pytest
@@ -59,6 +60,14 @@ def test_a_file_that_is_run_again_replaces_its_own_selection(folder):
   assert RoutingConfig(4, selection="run_again").selector.function is module.select
   with pytest.raises(UserError, match="'run_again' is registered already"):
     register_selection("run_again")(lambda view, config: None)
+
+
+def test_a_config_file_may_name_itself(folder):
+  (folder / "config_of_mine.py").write_text(ROUTER.format(name="of_a_config_and_module"))
+  runpy.run_path("config_of_mine.py", run_name="config_file")
+  import_modules({"imports": ("config_of_mine",)})
+  config = RoutingConfig(4, selection="of_a_config_and_module")
+  assert config.selector.function.__module__ == "config_of_mine"
 
 
 def test_a_preset_may_be_registered_again_with_the_same_values_alone():

@@ -36,16 +36,14 @@ CONFIGS = {
   "window": attention_config(window=3),
   "chunk": attention_config(chunk=2),
   "partial rotary": attention_config(rotary_dim=4),
-  "pairs": attention_config(rotary_layout="pairs"),
   "partial pairs": attention_config(rotary_layout="pairs", rotary_dim=4),
   "no positions": attention_config(positions="none", rope_theta=10_000.0),
   "biases": attention_config(qkv_bias=True, out_bias=True),
-  "clip": attention_config(qkv_clip=0.5),
   "clip after biases": attention_config(qkv_clip=0.5, qkv_bias=True),
-  "norm of heads": attention_config(qk_norm="head", qk_norm_epsilon=0.1),
-  "norm of projections": attention_config(qk_norm="projection", qk_norm_epsilon=0.1),
-  "norm and clip": attention_config(qk_norm="projection", qkv_clip=0.5),
-  "norm of heads after clip": attention_config(qk_norm="head", qkv_clip=0.5),
+  "norm of projections, then clip": attention_config(
+    qk_norm="projection", qk_norm_epsilon=0.1, qkv_clip=0.5
+  ),
+  "clip, then norm of heads": attention_config(qk_norm="head", qk_norm_epsilon=0.1, qkv_clip=0.5),
   "weightless norm": attention_config(qk_norm="l2", qk_norm_epsilon=0.1, rotary_layout="pairs"),
   "scale": attention_config(softmax_scale=0.9),
   "sinks": attention_config(sinks=True, window=3),
@@ -60,8 +58,7 @@ CONFIGS = {
     softmax_scale=1.0,
   ),
   "latent": latent_config(),
-  "latent queries": latent_config(query_rank=5, norm_epsilon=0.1),
-  "latent halves": latent_config(rotary_layout="halves"),
+  "latent queries, halves": latent_config(query_rank=5, norm_epsilon=0.1, rotary_layout="halves"),
   "latent yarn": latent_config(rope_scaling=SCALINGS["yarn mscales"]),
   "yarn": attention_config(rope_scaling=SCALINGS["yarn"]),
 }
@@ -117,9 +114,9 @@ def normalised(x, params):
 @pytest.mark.parametrize(
   "config",
   [
-    attention_config(chunk=2, head_dim=4),
-    latent_config(query_rank=3, kv_rank=3),
-    attention_config(sinks=True, head_dim=4),
+    attention_config(chunk=2, num_heads=2, num_kv_heads=1, head_dim=4),
+    latent_config(query_rank=3, kv_rank=3, rope_dim=2),
+    attention_config(sinks=True, num_heads=2, num_kv_heads=1, head_dim=4),
   ],
   ids=["chunk", "latent", "sinks"],
 )

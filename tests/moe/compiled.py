@@ -1,6 +1,8 @@
 """`route` compiled once a config, for tests that give one config many inputs."""
 
+import dataclasses
 import functools
+import re
 
 import jax
 import numpy as np
@@ -35,7 +37,20 @@ def routed(
   return compiled_route(config, train)(logits, mask, key, more)
 
 
-@functools.partial(jax.jit, compiler_options=FAST_COMPILE)
 def tensors(plan: RoutingPlan):
   """Returns the dispatch mask and the combine weights of a plan, (G, S, E, C)."""
+  # Plans that differ in their losses alone share a program.
+  return _tensors(dataclasses.replace(plan, losses={}, metrics={}))
+
+
+@functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+def _tensors(plan):
   return plan.dispatch_mask(), plan.combine_weights()
+
+
+def products(fn, *args) -> list[str]:
+  """Returns the precision of every product in a function's program, as it is asked for."""
+  text = str(jax.make_jaxpr(fn)(*args))
+  precisions = re.findall(r"precision=(?:\((?:Precision\.)?(\w+)|(None))", text)
+  assert len(precisions) == text.count("dot_general[")
+  return [named or default for named, default in precisions]

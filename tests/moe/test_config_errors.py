@@ -90,6 +90,7 @@ def test_a_router_that_cannot_be_is_refused(fields, value, remedy):
 @pytest.mark.parametrize(
   ("name", "value", "nearest"),
   [
+    ("projection", "normalised", "normalized"),
     ("score", "soft_max", "softmax"),
     ("noise", "gauss", "gaussian"),
     ("granularity", "sequence", "segment"),

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 from comparison import draw_logits
-from moe.compiled import routed
+from moe.compiled import products, routed
 
 from moe_jax.errors import UserError
 from moe_jax.moe import Dispatch, RoutingConfig, get_dispatcher
@@ -48,6 +48,35 @@ def test_ragged_rows_are_sorted_by_expert_with_zeros_behind():
   np.testing.assert_array_equal(ragged.rows[: len(served)], served)
   assert ragged.rows.shape == (G * S * K, D)
   assert not np.any(ragged.rows[len(served) :])
+
+
+def test_an_assignment_without_a_slot_has_no_ragged_row():
+  plan, x = plan_and_tokens()
+  moves = get_dispatcher(Dispatch.RAGGED).dispatch(x, plan).moves
+  without = ~np.asarray(plan.valid).reshape(-1)
+  # A row beyond the experts may hold anything by then.
+  assert without.any()
+  np.testing.assert_array_equal(np.asarray(moves.row)[without], moves.assignment.size)
+
+
+@pytest.mark.parametrize("form", list(Dispatch))
+def test_an_expert_of_weight_zero_still_sees_its_token(form):
+  # The ReLU score of the second choice is 0; what decides is the choice.
+  logits = np.broadcast_to(np.float32([2.0, -1.0, -2.0, -3.0]), (1, S, E))
+  plan = routed(logits, RoutingConfig(num_experts=E, top_k=K, score="relu", overflow="dropless"))
+  assert not np.any(np.asarray(plan.weight)[:, 1::2])
+  sent = get_dispatcher(form).dispatch(jax.numpy.ones((1, S, D)), plan)
+  assert np.all(sent.rows, axis=-1).sum() == S * K
+  if form == Dispatch.RAGGED:
+    assert sent.rows_per_expert.tolist() == [S, S, 0, 0]
+
+
+def test_one_hot_products_have_full_precision_on_every_platform():
+  plan, x = plan_and_tokens()
+  einsum = get_dispatcher(Dispatch.EINSUM)
+  there = products(lambda x: einsum.dispatch(x, plan).rows, x)
+  back = products(lambda x: einsum.combine(einsum.dispatch(x, plan), plan), x)
+  assert there == ["HIGHEST"] and back == ["HIGHEST"] * 2
 
 
 def test_an_unknown_form_is_refused():

@@ -112,6 +112,12 @@ def test_top_k_sets_the_mean_number_of_experts_of_a_token(top_k, capacity):
   assert float(plan.metrics["experts_per_token"]) == top_k
 
 
+def test_a_bucket_is_rounded_after_the_factor():
+  # 1.5 * 5 / 2 = 3.75 slots; 5 // 2 * 1.5 would be 3.
+  config = RoutingConfig(num_experts=2, selection="expert_choice", capacity_factor=1.5)
+  assert routed(draw_logits(1, (1, 5, 2)), config, train=True).capacity == 4
+
+
 def test_metrics_count_tokens_that_no_expert_took():
   logits, mask = draw_logits(2, (2, 7, 4)), masks((2, 7))["right"]
   plan = routed(logits, config_of(4, 2), mask=mask)

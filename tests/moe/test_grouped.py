@@ -14,13 +14,13 @@ from moe_jax.errors import UserError
 from moe_jax.layers.mlp import Activation, FeedForwardConfig, feed_forward
 from moe_jax.moe import MoEConfig, RoutingConfig, grouped
 from moe_jax.moe.grouped import GroupedKernel, grouped_experts
-from moe_jax.moe.kernels.blocked import block_rows, blocked_experts
+from moe_jax.moe.kernels.blocked import block_lengths, blocked_experts
 from moe_jax.moe.moves import Moves
 from moe_jax.moe.options import WeightOn
 
 T, K, E, D, F = 7, 3, 4, 5, 6
 N = T * K
-BLOCK = 4
+BLOCKS = (4, 2)
 # Float32 sums of at most 21 products, in another order.
 TOLERANCE = 1e-5
 SIZES = {
@@ -78,7 +78,7 @@ def loop(x, weight, weights, moves, sizes):
 
 
 def blocked(x, weight, weights, moves, sizes):
-  return blocked_experts(network, BLOCK, WeightOn.OUTPUT, x, weight, moves, sizes, weights, None)
+  return blocked_experts(network, BLOCKS, WeightOn.OUTPUT, x, weight, moves, sizes, weights, None)
 
 
 def by_products(x, weight, weights, moves, sizes):
@@ -170,7 +170,7 @@ def test_bfloat16_sums_accumulate_in_float32():
     def linear(x, w, key, product, last_product):
       return last_product(x, w)
 
-    return blocked_experts(linear, 1, WeightOn.OUTPUT, x, jnp.ones(count), moves, sizes, w, None)
+    return blocked_experts(linear, (1,), WeightOn.OUTPUT, x, jnp.ones(count), moves, sizes, w, None)
 
   out, vjp = jax.vjp(jax.jit(apply), x, w)
   for value in (out, *vjp(jnp.ones_like(out))):
@@ -188,7 +188,7 @@ def run_noisy(x, top_k):
   keys = jax.random.split(jax.random.key(0), E)
   moves, weight = make_moves(SIZES["even"], top_k), jnp.ones(N)
   return blocked_experts(
-    noisy, BLOCK, WeightOn.OUTPUT, x, weight, moves, sizes, jnp.zeros((E, 1)), keys
+    noisy, BLOCKS, WeightOn.OUTPUT, x, weight, moves, sizes, jnp.zeros((E, 1)), keys
   )
 
 
@@ -206,10 +206,17 @@ def test_the_gradient_draws_the_numbers_of_the_forward_pass():
 
 @pytest.mark.parametrize(
   ("num_rows", "num_experts", "expected"),
-  [(1, 64, 32), (1024, 8, 32), (4096, 8, 128), (24576, 64, 128), (6000, 8, 128), (10**6, 8, 256)],
+  [
+    (1, 64, (32,)),
+    (768, 8, (64, 32)),
+    (767, 8, (32,)),
+    (6144, 8, (512, 128, 32)),
+    (24576, 64, (256, 64, 32)),
+    (10**6, 8, (512, 128, 32)),
+  ],
 )
 def test_blocks_follow_the_mean_load(num_rows, num_experts, expected):
-  assert block_rows(num_rows, num_experts) == expected
+  assert block_lengths(num_rows, num_experts) == expected
 
 
 def test_auto_is_the_platforms_kernel_and_says_so_once(monkeypatch):

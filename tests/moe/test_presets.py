@@ -57,6 +57,19 @@ SLOTS = {
   "vmoe": 108,
 }
 
+# What papers leave open and codes decide: what f of the balance loss counts (uniform routing costs
+# 1, or K with all_choices), who is served first, when weights are normalised.
+HABITS = {
+  "flaxformer": ("all_choices", "choice_major", "position", "raw"),
+  "vmoe": ("first_choice", "choice_major", "position", "raw"),
+  "praxis": ("first_choice", "choice_major", "position", "renormalized"),
+  "tutel": ("first_choice", "choice_major", "position", "renormalized"),
+  "deepspeed_moe": ("first_choice", "choice_major", "random", "raw"),
+  "maxtext": ("all_choices", "token_major", "position", "softmax_selected"),
+  "megablocks": ("all_choices_mean", "token_major", "position", "raw"),
+  "megatron": ("all_choices_mean", "choice_major", "probability", "softmax_selected"),
+}
+
 
 def test_the_laboratory_has_every_router_it_names():
   assert preset_names() == sorted(NAMES.split())
@@ -75,6 +88,13 @@ def test_a_paper_s_preset_has_its_values(name):
 def test_a_library_s_capacity_is_rounded_as_in_its_code(name):
   config = preset(name, num_experts=48, top_k=2, capacity_factor=1.25, overflow="drop")
   assert expert_capacity(config, 2000, train=True) == SLOTS[name]
+
+
+@pytest.mark.parametrize("name", HABITS)
+def test_a_library_s_preset_has_its_habits(name):
+  config = preset(name)
+  habits = config.balance_fraction, config.drop_order, config.priority, config.weighting
+  assert habits == HABITS[name]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from comparison import draw_logits
+from comparison import draw_logits, softmax
 from moe.compiled import routed
 
 from moe_jax.moe import RoutingConfig
@@ -193,6 +193,9 @@ def test_tokens_of_a_segment_share_their_experts_and_padding_has_no_vote():
   means = [logits[0, :2].mean(0), logits[0, 3:6].mean(0), logits[0, 7]]
   for token, mean in zip((0, 1, 3, 4, 5, 7), [means[i] for i in (0, 0, 1, 1, 1, 2)], strict=True):
     assert set(experts[token]) == set(np.argsort(-mean)[:K])
+    # Zeros of padding in the mean would leave the order of experts, not their scores.
+    expected = np.sort(softmax(mean))[::-1][:K]
+    np.testing.assert_allclose(plan.weight[0, K * token : K * token + K], expected, rtol=1e-5)
 
 
 def test_two_levels_take_the_best_experts_of_the_best_gates():

@@ -126,6 +126,13 @@ def test_groups_by_their_best_expert_differ_from_groups_by_their_two_best():
   np.testing.assert_array_equal(experts_of(by_pair), [[3, 2]] * S)
 
 
+def test_a_group_counts_its_two_best_however_many_are_taken():
+  # All three experts of one group are taken: group 0 has the better pair, group 1 the larger sum.
+  logits = np.broadcast_to(np.float32([3.0, 2.9, -9, 2.5, 2.5, 2.5]), (1, S, E))
+  config = config_of(score="sigmoid", top_k=3, group_score="top2_sum", num_expert_groups=2)
+  np.testing.assert_array_equal(np.reshape(routed(logits, config).expert, (S, 3)), [[0, 1, 2]] * S)
+
+
 def test_slots_are_counted_exactly_beyond_what_bfloat16_can():
   # A bfloat16 running sum stops at 256.
   logits = np.zeros((1, 700, E), np.float32)
@@ -133,10 +140,11 @@ def test_slots_are_counted_exactly_beyond_what_bfloat16_can():
   np.testing.assert_array_equal(np.reshape(plan.slot, (700, K))[:, 0], np.arange(700))
 
 
-def test_bfloat16_logits_are_scored_in_float32():
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt_softplus", "relu"])
+def test_bfloat16_logits_are_scored_in_float32(score):
   logits = jnp.asarray(draw_logits(0, (1, 64, E))).astype(jnp.bfloat16)
-  plan = routed(logits, config_of())
-  exact = routed(logits.astype(jnp.float32), config_of())
+  plan = routed(logits, config_of(score=score))
+  exact = routed(logits.astype(jnp.float32), config_of(score=score))
   assert plan.weight.dtype == jnp.float32
   jax.tree.map(np.testing.assert_array_equal, plan, exact)
 
@@ -209,3 +217,16 @@ def test_gradients_of_extreme_logits_are_finite(weighting, score):
 
   value, gradient = jax.jit(jax.value_and_grad(total))(logits)
   assert np.isfinite(value) and np.all(np.isfinite(gradient))
+
+
+@pytest.mark.parametrize(
+  ("priority", "winner"), [("position", 0), ("probability", 0), ("weight", 1)]
+)
+def test_the_weight_after_normalisation_is_another_order_than_the_probability(priority, winner):
+  # Both ask experts 0 and 1. Expert 0 has probability 0.50 and 0.28, weight 0.502 and 0.525.
+  logits = np.float32([[[3.0, 2.99, -9, -9, -9, -9], [2.0, 1.9, 1.8, 1.8, -9, -9]]])
+  config = config_of(weighting="softmax_selected", overflow="drop", capacity=1, priority=priority)
+  dispatched = np.asarray(routed(logits, config).dispatch_mask())[0, :, :, 0]
+  assert dispatched[winner, 0] and not dispatched[1 - winner, 0]
+  # Expert 1 keeps the first token by every order.
+  assert dispatched[0, 1] and not dispatched[1, 1]

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from moe.compiled import FAST_COMPILE, routed
+from moe.compiled import FAST_COMPILE, products, routed
 from small_presets import small_preset
 
 from moe_jax.errors import UserError
 from moe_jax.moe import Dispatch, MoEConfig, MoELayer, RoutingConfig, preset, preset_names, route
+from moe_jax.moe.router import Router
 
 B, L, D, F, E = 2, 6, 8, 4, 4
 KEY = jax.random.key(5)
@@ -62,6 +63,14 @@ def test_a_constant_weight_is_refused_in_training_alone(weighting):
   np.testing.assert_allclose(plan.weight, np.asarray(plan.valid, np.float32), atol=1e-6)
 
 
+def test_hard_weights_are_refused_in_training_alone():
+  config = RoutingConfig(num_experts=E, top_k=2, weighting="hard", overflow="dropless")
+  logits = jax.random.normal(KEY, (1, L, E))
+  with pytest.raises(UserError, match="weighting = hard .*use weighting = straight_through"):
+    route(logits, config, train=True)
+  assert np.all(np.asarray(routed(logits, config).weight) == 1)
+
+
 def compile_layer(layer, train):
   """Returns a compiled function of (x, key)."""
   graph, state = nnx.split(layer)
@@ -90,6 +99,40 @@ def test_jitter_changes_the_routers_input_in_training_alone():
   expected, clean = compiled_layer(False)(x, KEY)
   np.testing.assert_array_equal(evaluated.router_logits, clean.router_logits)
   np.testing.assert_array_equal(y, expected)
+
+
+def test_jitter_multiplies_by_a_factor_around_one():
+  # One logit of one input: the logit's factor is the input's.
+  router = Router(1, RoutingConfig(num_experts=1), key=KEY, scale=1.0, jitter=0.3)
+  x = jax.random.normal(KEY, (1, 4000, 1))
+  factor = router(x, key=jax.random.key(6))[0] / router(x)[0]
+  # Quotients of float32 numbers.
+  assert 0.7 - 1e-5 < jnp.min(factor) < 0.71 and 1.29 < jnp.max(factor) < 1.3 + 1e-5
+  # A uniform number of +-0.3 has a standard deviation of 0.17, the mean of 4,000 one of 0.0027.
+  assert jnp.mean(factor) == pytest.approx(1.0, abs=5 * 0.0027)
+
+
+def test_the_router_multiplies_in_full_precision_on_every_platform():
+  # A TPU's default product of float32 numbers rounds them to bfloat16; on CPU none does.
+  routing = RoutingConfig(num_experts=E, noise="learned")
+  router = Router(D, routing, key=KEY, scale=1.0)
+  assert products(lambda x: router(x)[0], tokens()) == ["HIGHEST"] * 2
+
+
+def test_a_real_token_of_zeros_is_routed():
+  x = tokens().at[0, :2].set(0.0)
+  _, aux = compiled_layer(False)(x, KEY)
+  assert float(aux.plan.metrics["assignments"]) == 2 * B * L
+  assert np.all(aux.plan.valid)
+
+
+def test_what_fills_the_last_group_up_is_not_routed():
+  # 12 tokens in groups of 5.
+  routing = RoutingConfig(num_experts=E, top_k=2, capacity=2, grouping="fixed", group_size=5)
+  _, aux = compile_layer(layer_of(routing), False)(tokens(), KEY)
+  assert aux.plan.valid.shape == (3, 10)
+  assert float(aux.plan.metrics["assignments"]) == 2 * B * L
+  assert not np.any(aux.plan.valid[2, 4:])
 
 
 def test_experts_see_the_clean_input_under_jitter():

@@ -162,8 +162,9 @@ def place_choices(choices, view, draws):
   if not asks:
     return {}
   width = max(len(experts) for experts, _ in choices)
+  # Padding asks for nothing: its place in the order decides nothing.
   chosen_scores = [
-    [view.scores[token][expert] for expert in experts] or [0.0] * width
+    [view.scores[token][expert] for expert in experts] or [-math.inf] * width
     for token, (experts, _) in enumerate(choices)
   ]
   tokens = placement.token_order(view.scores, chosen_scores, options, draws)

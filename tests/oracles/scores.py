@@ -9,6 +9,10 @@ import math
 import numpy as np
 from oracles import decisions
 
+# ln(1 + exp(z)) is positive for every z, however small. Float32 code has to stop at its smallest
+# normal number, so as not to take an expert that is hardly wanted for one that is refused.
+SMALLEST_SOFTPLUS = 2.0**-126
+
 
 def softmax(logits):
   """Return the float64 softmax of one vector, shifted by its maximum against overflow."""
@@ -27,6 +31,17 @@ def softplus(logit):
   return max(logit, 0.0) + math.log1p(math.exp(-abs(logit)))
 
 
+def sqrt_softplus(logit):
+  """Return sqrt(ln(1 + exp(z))), never below that of the smallest softplus."""
+  return math.sqrt(max(softplus(logit), SMALLEST_SOFTPLUS))
+
+
+def sqrt_softplus_slope(logit):
+  """Return the derivative of `sqrt_softplus`: 0 where it is held at its smallest value."""
+  held = softplus(logit) <= SMALLEST_SOFTPLUS
+  return 0.0 if held else sigmoid(logit) / (2.0 * sqrt_softplus(logit))
+
+
 def score(logits, options):
   """Return the scores (E or more,) of one token's logits (E',)."""
   if options.selection == "hierarchical":
@@ -35,7 +50,7 @@ def score(logits, options):
     return softmax(logits)
   one = {
     "sigmoid": sigmoid,
-    "sqrt_softplus": lambda logit: math.sqrt(softplus(logit)),
+    "sqrt_softplus": sqrt_softplus,
     "relu": lambda logit: max(logit, 0.0),
   }[options.score]
   return np.array([one(float(logit)) for logit in logits])
@@ -49,7 +64,7 @@ def score_backward(logits, d_scores, options):
     return softmax_backward(softmax(logits), d_scores)
   slope = {
     "sigmoid": lambda logit: sigmoid(logit) * sigmoid(-logit),
-    "sqrt_softplus": lambda logit: sigmoid(logit) / (2.0 * math.sqrt(softplus(logit))),
+    "sqrt_softplus": sqrt_softplus_slope,
     "relu": lambda logit: float(logit > 0),
   }[options.score]
   return np.array([slope(float(z)) * d for z, d in zip(logits, d_scores, strict=True)])

@@ -1,0 +1,79 @@
+"""Evaluation without drops knows no batches; at the training capacity it drops as training does."""
+
+import types
+
+import numpy as np
+import pytest
+from comparison import relative_error
+from fast_compilation import compile_fast  # noqa: F401
+from training import tiny
+from training.steps import initial_state, make_batch
+
+from moe_jax.training.evaluate import Evaluator, at_training_capacity
+from moe_jax.training.step import make_eval_step
+
+RECORDS = 6
+# Half of what training needs, and room for all in evaluation, or the other way round.
+TIGHT, AMPLE = 0.5, 8.0
+
+
+def held_out():
+  """Returns a batch of six records, the first of which is almost all padding."""
+  batch = make_batch(rows=RECORDS)
+  for name in ("segment_ids", "loss_mask"):
+    batch[name][0, 3:] = 0
+  return batch
+
+
+def experiment(batch_size, train, evaluation):
+  """Returns a model of one block with these capacity factors."""
+  return tiny.experiment(
+    model__segments=(("attention:moe", 1),),
+    eval__batch_size=batch_size,
+    moe__overflow="drop",
+    moe__capacity_factor=train,
+    moe__eval_capacity_factor=evaluation,
+  )
+
+
+def evaluator(*settings):
+  """Returns an evaluator on the held-out records of an `experiment`."""
+  records = [{name: a[i] for name, a in held_out().items()} for i in range(RECORDS)]
+  return Evaluator(experiment(*settings), types.SimpleNamespace(heldout=records, heldout_bytes=100))
+
+
+@pytest.fixture(scope="module")
+def model():
+  """Returns the variables of a new model, which no capacity changes."""
+  return initial_state(experiment(RECORDS, TIGHT, AMPLE)).model
+
+
+def test_dropless_evaluation_does_not_depend_on_the_batch(model):
+  expected = evaluator(RECORDS, TIGHT, TIGHT).dropless(model)
+  # The second batch of four is half empty.
+  actual = evaluator(4, TIGHT, TIGHT).dropless(model)
+  assert actual.dropped_fraction == expected.dropped_fraction == 0
+  # The same float32 sums in products of other shapes.
+  assert relative_error(actual.loss, expected.loss) < 1e-6
+  assert relative_error(actual.bits_per_byte, expected.bits_per_byte) < 1e-6
+
+
+def test_evaluation_at_the_training_capacity_drops_as_training_does(model):
+  tight = evaluator(RECORDS, TIGHT, AMPLE).at_training_capacity(model)
+  ample = evaluator(RECORDS, AMPLE, TIGHT).at_training_capacity(model)
+  assert tight.dropped_fraction > 0.2
+  assert ample.dropped_fraction == 0
+
+
+def test_drops_are_counted_over_all_batches(model):
+  settings = 4, TIGHT, AMPLE
+  step = make_eval_step(at_training_capacity(experiment(*settings).model))
+  batch = held_out()
+  empty = np.zeros_like(batch["tokens"][:2])
+  last = {name: np.concatenate([a[4:], empty]) for name, a in batch.items()}
+  sums = [step(model, part) for part in ({name: a[:4] for name, a in batch.items()}, last)]
+  dropped, asked = (sum(float(each[name]) for each in sums) for name in ("dropped", "asked"))
+  actual = evaluator(*settings).at_training_capacity(model).dropped_fraction
+  assert actual == pytest.approx(dropped / asked)
+  fractions = [float(each["dropped"] / each["asked"]) for each in sums]
+  assert abs(np.mean(fractions) - dropped / asked) > 0.01
