@@ -69,7 +69,7 @@ def rendered(results: dict) -> str:
 
 def row_of(module, part, commit, found):
   """Returns the values of COLUMNS for some results."""
-  configs, inputs = (sum(result[name] for result in found) for name in ("configs", "inputs"))
+  configs, inputs = (sum(result.get(name, 0) for result in found) for name in ("configs", "inputs"))
   failed = sum(result["outcome"] != "passed" for result in found)
-  seconds = round(sum(result["cpu_seconds"] for result in found))
+  seconds = round(sum(result.get("cpu_seconds", 0) for result in found))
   return module, part, configs, inputs, len(found) - failed, failed, seconds, commit

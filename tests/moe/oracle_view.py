@@ -322,7 +322,7 @@ def assert_same_columns(plan: RoutingPlan, expected: Expected) -> None:
     return
   shape = expected.expert.shape
   expert, slot, valid, token = (
-    np.reshape(a, shape) for a in (plan.expert, plan.slot, plan.valid, plan.token)
+    np.asarray(a).reshape(shape) for a in (plan.expert, plan.slot, plan.valid, plan.token)
   )
   real = expected.expert >= 0
   np.testing.assert_array_equal(expert[real], expected.expert[real])

@@ -40,6 +40,20 @@ def test_route_equals_the_oracle(config):
     assert_equals_oracle(config, kind, masks()[mask], trains(config))
 
 
+@pytest.mark.parametrize(
+  "fields",
+  [
+    {"top_k": 1, "weighting": "renormalized"},
+    {"top_k": 5, "weighting": "hard", "priority": "probability"},
+  ],
+  ids=["renormalized", "probability"],
+)
+def test_scores_too_small_for_float32_are_no_refusals(fields):
+  # ln(1 + e^z) is positive for every z; tokens are sent here whatever the router says.
+  config = RoutingConfig(num_experts=5, selection="hash", score="sqrt_softplus", **fields)
+  assert_equals_oracle(config, "empty", masks()["right"], train=False)
+
+
 TOKEN_CHOICE = [name for name in preset_names() if preset(name).selection in FACTORS["selection"]]
 
 

@@ -4,7 +4,15 @@ import math
 
 import numpy as np
 import pytest
-from oracles import capacity, losses, metrics, routing
+from oracles import capacity, losses, metrics, routing, scores
+
+
+def test_sqrt_softplus_stays_positive_where_softplus_underflows():
+  assert scores.sqrt_softplus(0.0) == pytest.approx(math.sqrt(math.log(2.0)))
+  # Of a derivative 1/2 / (2 sqrt(ln 2)).
+  assert scores.sqrt_softplus_slope(0.0) == pytest.approx(0.25 / math.sqrt(math.log(2.0)))
+  assert scores.sqrt_softplus(-1e9) == 2.0**-63
+  assert scores.sqrt_softplus_slope(-1e9) == 0.0
 
 
 def round_capacity(**changes):
