@@ -82,6 +82,14 @@ COMMANDS = {
     "moe_jax.commands.reporting:report",
     (_RUN, Flag("compare", FlagKind.FOLDERS, "another run to set beside it; repeatable", ())),
   ),
+  "plan": Command(
+    "count what a model costs: parameters, FLOPs and bytes, without building it",
+    "moe_jax.commands.planning:plan",
+    (
+      Flag("config", FlagKind.CONFIG, "config file, and one of the variants its docstring lists"),
+      Flag("json", FlagKind.SWITCH, "print all numbers exactly, as JSON", False),
+    ),
+  ),
   "conventions": Command(
     "list the conventions of all router presets, or what sets two of them apart",
     "moe_jax.commands.conventions:conventions",
@@ -192,11 +200,13 @@ def _command_help(name: str) -> str:
 
 
 def _spelt(flag: Flag) -> str:
+  if flag.kind is FlagKind.SWITCH:
+    return f"--{flag.name}"
   return f"--{flag.name}={flag.kind.value.removesuffix(' ...')}"
 
 
 def _default_note(flag: Flag) -> str:
-  absent = flag.default is REQUIRED or flag.default in (None, ())
+  absent = flag.default is REQUIRED or flag.default in (None, (), False)
   return "" if absent else f" (default {flag.default})"
 
 
