@@ -49,8 +49,9 @@ def tiny_config(
     moe=MoEConfig(tiny_routing(**(routing or {})), **{"hidden_dim": 6, **network, **(moe or {})}),
   )
   segments = changes.get("segments", ALTERNATING)
-  if isinstance(segments, (list, tuple)) and not any(":moe" in str(each) for each in segments):
-    changes.setdefault("moe", None)
+  for word, section in (("moe", "moe"), ("dense", "mlp")):
+    if isinstance(segments, (list, tuple)) and f":{word}" not in str(segments):
+      changes.setdefault(section, None)
   return dataclasses.replace(config, **changes)
 
 

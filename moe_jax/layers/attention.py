@@ -6,53 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.errors import UserError
+from moe_jax.layers.attention_config import AttentionConfig
 from moe_jax.layers.dropout import dropout
 from moe_jax.layers.parameters import parameter
 from moe_jax.layers.rotary import RotaryTable, apply_rotary
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionConfig:
-  """Causal self-attention.
-
-  Attributes:
-    num_heads: H query heads.
-    num_kv_heads: key-value heads; must divide H (GQA, arXiv 2305.13245).
-    head_dim: width of a head; even, for rotary positions.
-    rope_theta: base of the rotary frequencies.
-    window: real tokens a query looks back on, itself included; None = all. A window of the training
-      length lets a model go on beyond it, since no distance is new.
-  """
-
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  rope_theta: float = 10_000.0
-  window: int | None = None
-
-  def __post_init__(self):
-    for name in ("num_heads", "num_kv_heads", "head_dim"):
-      if getattr(self, name) < 1:
-        raise UserError(f"{name} = {getattr(self, name)} is refused: it must be at least 1")
-    if self.num_heads % self.num_kv_heads:
-      raise UserError(
-        f"num_kv_heads = {self.num_kv_heads} does not divide num_heads ="
-        f" {self.num_heads}; the nearest that does is {self._nearest_divisor()}"
-      )
-    if self.head_dim % 2:
-      raise UserError(
-        f"head_dim = {self.head_dim} is odd; rotary positions need an even width,"
-        f" for example {self.head_dim + 1}"
-      )
-    if not self.rope_theta > 0:
-      raise UserError(f"rope_theta = {self.rope_theta} is refused: it must be greater than 0")
-    if self.window is not None and self.window < 1:
-      raise UserError(f"window = {self.window} is refused: it must be at least 1, or None for all")
-
-  def _nearest_divisor(self) -> int:
-    divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
-    return min(divisors, key=lambda n: abs(n - self.num_kv_heads))
 
 
 @jax.tree_util.register_dataclass

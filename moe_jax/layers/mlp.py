@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import math
 from collections.abc import Callable
 
 import jax
@@ -22,7 +23,10 @@ class Activation(enum.StrEnum):
 
   RELU = "relu"
   GELU = "gelu"  # the tanh approximation
+  GELU_EXACT = "gelu_exact"
   SILU = "silu"
+  # gate * sigmoid(1.702 gate), and up + 1 in place of up: gpt-oss's, for gated networks alone.
+  SHIFTED_QUICK_GELU = "shifted_quick_gelu"
 
 
 _ACTIVATIONS = {
@@ -34,19 +38,24 @@ _ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class FeedForwardConfig:
-  """A feed-forward network D -> F -> D without biases.
+  """A feed-forward network D -> F -> D.
 
   Attributes:
     hidden_dim: F.
     gated: act(x W_gate) * (x W_up) W_down (arXiv 2002.05202) instead of act(x W_up) W_down.
     activation: the nonlinearity.
     dropout: rate on the hidden activations in training.
+    bias: every product with a matrix has a bias.
+    clamp: before the activation, the gate is at most this, and `up` within [-clamp, clamp]
+      (gpt-oss: 7); gated networks alone. None = not.
   """
 
   hidden_dim: int
   gated: bool = False
   activation: Activation = Activation.RELU
   dropout: float = 0.0
+  bias: bool = False
+  clamp: float | None = None
 
   def __post_init__(self):
     activation = as_choice(Activation, "activation", self.activation)
@@ -55,6 +64,18 @@ class FeedForwardConfig:
       raise UserError(f"hidden_dim = {self.hidden_dim} is refused: it must be at least 1")
     if not 0.0 <= self.dropout < 1.0:
       raise UserError(f"dropout = {self.dropout} is refused: it must be in [0, 1)")
+    if self.clamp is not None and not 0 < self.clamp < math.inf:
+      raise UserError(f"clamp = {self.clamp} is refused: it must be greater than 0")
+    if not self.gated:
+      self._check_plain()
+
+  def _check_plain(self) -> None:
+    if self.clamp is not None:
+      raise UserError(f"clamp = {self.clamp} is refused: it is of a gate; use gated = true")
+    if self.activation == Activation.SHIFTED_QUICK_GELU:
+      raise UserError(
+        f"activation = {self.activation} is refused: it is of a gate; use gated = true, or gelu"
+      )
 
   @property
   def num_matrices(self) -> int:

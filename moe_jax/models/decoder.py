@@ -231,8 +231,9 @@ class Decoder(nnx.Module):
     return ModelAux(logits, plans, losses, weighted, metrics, depths)
 
   def _check_key(self, train, key) -> None:
-    moe_key = self.config.moe is not None and self.config.moe.needs_key
-    if train and key is None and (self.config.dropout or self.config.mlp.dropout or moe_key):
+    c = self.config
+    draws = c.dropout or (c.mlp and c.mlp.dropout) or (c.moe and c.moe.needs_key)
+    if train and key is None and draws:
       raise UserError(
         "training this model draws random numbers: key = None was given, a jax.random.key is needed"
       )

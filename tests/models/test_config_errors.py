@@ -55,7 +55,7 @@ REFUSED = [
   (moe, dict(expert_dropout=1.0), r"expert_dropout = 1.0 .* \[0, 1\)"),
   (moe, dict(router_jitter=-0.1), r"router_jitter = -0.1 .* \[0, 1\)"),
   (moe, dict(dispatch="gathr"), "dispatch = 'gathr' .* did you mean 'gather'"),
-  (moe, dict(activation="tanh"), "activation = 'tanh' is not one of relu, gelu, silu"),
+  (moe, dict(activation="tanh"), "activation = 'tanh' is not one of relu, gelu, gelu_exact, silu"),
 ]
 
 
