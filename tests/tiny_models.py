@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax.layers.attention import AttentionConfig
+from moe_jax.layers.attention_config import AttentionConfig
 from moe_jax.layers.mlp import Activation, FeedForwardConfig
 from moe_jax.models import Decoder, ModelConfig
 from moe_jax.moe import MoEConfig, Overflow, RoutingConfig, Weighting

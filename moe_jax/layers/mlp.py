@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import functools
 import math
 from collections.abc import Callable
 
@@ -12,10 +13,10 @@ from flax import nnx
 from moe_jax.choices import as_choice
 from moe_jax.errors import UserError
 from moe_jax.layers.dropout import dropout
-from moe_jax.layers.parameters import parameter
+from moe_jax.layers.parameters import parameter, with_axes
 
-# (rows (..., D), weight) -> rows (..., D')
-Product = Callable[[jax.Array, jax.Array], jax.Array]
+# (rows (..., D), weight, bias or None) -> rows (..., D')
+Product = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
 
 
 class Activation(enum.StrEnum):
@@ -29,10 +30,16 @@ class Activation(enum.StrEnum):
   SHIFTED_QUICK_GELU = "shifted_quick_gelu"
 
 
+def _quick_gelu(x: jax.Array) -> jax.Array:
+  return x * jax.nn.sigmoid(1.702 * x)
+
+
 _ACTIVATIONS = {
   Activation.RELU: jax.nn.relu,
   Activation.GELU: jax.nn.gelu,
+  Activation.GELU_EXACT: functools.partial(jax.nn.gelu, approximate=False),
   Activation.SILU: jax.nn.silu,
+  Activation.SHIFTED_QUICK_GELU: _quick_gelu,
 }
 
 
@@ -83,32 +90,49 @@ class FeedForwardConfig:
     return 3 if self.gated else 2
 
 
+def affine(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+  """Returns x @ weight, plus the bias if there is one."""
+  y = jnp.matmul(x, weight)
+  return y if bias is None else y + bias
+
+
 def feed_forward(
   x: jax.Array,
   weights: dict[str, jax.Array],
   key: jax.Array | None,
   config: FeedForwardConfig,
   *,
-  product: Product = jnp.matmul,
-  last_product: Product = jnp.matmul,
+  product: Product = affine,
+  last_product: Product = affine,
 ) -> jax.Array:
-  """Applies one network to x (..., D); `weights` has `up`, `down` and, if gated, `gate`.
+  """Applies one network to x (..., D).
 
   Args:
     x: (..., D), any float dtype; products are in it.
-    weights: the matrices, or whatever the products take for them.
+    weights: `up` (D, F), `down` (F, D) and, if gated, `gate` (D, F), or whatever the products take
+      for them; with biases also `up_bias` (F,) and so on.
     key: turns dropout on.
     config: the network.
-    product: multiplies rows by `gate` and `up`.
-    last_product: multiplies rows by `down`.
+    product: multiplies rows by `gate` and `up`, and adds the bias.
+    last_product: multiplies rows by `down`, and adds the bias.
   """
   w = {name: value.astype(x.dtype) for name, value in weights.items()}
   act = _ACTIVATIONS[config.activation]
+  up = product(x, w["up"], w.get("up_bias"))
   if config.gated:
-    hidden = act(product(x, w["gate"])) * product(x, w["up"])
+    gate = product(x, w["gate"], w.get("gate_bias"))
+    gate, up = _before_activation(gate, up, config)
+    hidden = act(gate) * up
   else:
-    hidden = act(product(x, w["up"]))
-  return last_product(dropout(hidden, config.dropout, key), w["down"])
+    hidden = act(up)
+  return last_product(dropout(hidden, config.dropout, key), w["down"], w.get("down_bias"))
+
+
+def _before_activation(gate: jax.Array, up: jax.Array, config: FeedForwardConfig):
+  if config.clamp is not None:
+    gate, up = jnp.minimum(gate, config.clamp), jnp.clip(up, -config.clamp, config.clamp)
+  shift = 1 if config.activation == Activation.SHIFTED_QUICK_GELU else 0
+  return gate, up + shift if shift else up
 
 
 def feed_forward_weights(
@@ -134,6 +158,9 @@ def feed_forward_weights(
     weights[name] = parameter(
       name_key, lead_shape + shape, lead_axes + axes, fan_in=shape[0], scale=scale
     )
+    if config.bias:
+      zeros = jnp.zeros((*lead_shape, shape[1]), jnp.float32)
+      weights[f"{name}_bias"] = with_axes(zeros, (*lead_axes, "bias"))
   return weights
 
 

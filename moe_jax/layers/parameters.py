@@ -16,7 +16,9 @@ LOGICAL_AXES = {
   "expert": "E",
   "expert_mlp": "F of an expert",
   "router": "E as outputs of the router, which every device needs whole",
-  "norm": "D of a norm's scale",
+  "latent": "rank of latent attention's compressed queries, or keys and values",
+  "norm": "D of a norm's scale and bias",
+  "bias": "outputs of a projection's bias, attention sinks, buckets of a relative bias",
 }
 
 

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.errors import UserError
-from moe_jax.layers.attention import AttentionContext, KVCache, attention_mask
+from moe_jax.layers.attention_context import Places
 from moe_jax.layers.dropout import dropout, split_key
-from moe_jax.layers.norms import RMSNorm
-from moe_jax.layers.parameters import parameter
-from moe_jax.layers.rotary import RotaryTable, rotary_table
+from moe_jax.layers.norms import make_norm
+from moe_jax.layers.parameters import parameter, with_axes
 from moe_jax.models.config import DEPTH, ModelConfig
 from moe_jax.models.depths import DepthAux, DepthCache
+from moe_jax.models.mixers import empty_cache, mixer_contexts
 from moe_jax.models.stack import ScannedSegment, SegmentCache
 from moe_jax.moe.layer import NO_INPUTS, RouterInputs, TokenInfo
 from moe_jax.moe.plan import DensePlan, RoutingPlan
@@ -47,7 +47,7 @@ class ModelAux:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecoderCache:
-  """Keys and values of all layers, and which cache slots hold real tokens.
+  """What the mixers of all layers keep, and which cache slots hold real tokens.
 
   Attributes:
     segments: one `SegmentCache` a segment.
@@ -61,7 +61,7 @@ class DecoderCache:
 
 
 class Decoder(nnx.Module):
-  """Pre-norm decoder with rotary attention and dense or expert feed-forwards."""
+  """Pre-norm decoder of mixers and dense or expert feed-forwards."""
 
   def __init__(self, config: ModelConfig, *, key: jax.Array):
     embed_key, stack_key, head_key = jax.random.split(key, 3)
@@ -75,9 +75,11 @@ class Decoder(nnx.Module):
     self.segments = nnx.List(
       [ScannedSegment(config, s, key=k) for s, k in zip(segments, keys, strict=True)]
     )
-    self.final_norm = RMSNorm(D, config.norm_epsilon)
+    self.final_norm = make_norm(config.norm, D, config.norm_epsilon)
     if not config.tie_embeddings:
       self.head = parameter(head_key, (D, V), ("embed", "vocab"), fan_in=D)
+    if config.head_bias:
+      self.head_bias = with_axes(jnp.zeros((V,), jnp.float32), ("bias",))
 
   def __call__(
     self,
@@ -118,15 +120,11 @@ class Decoder(nnx.Module):
       token_mask = jnp.ones(tokens.shape, bool)
     if positions is None:
       positions = _count_positions(token_mask)
-    mask = attention_mask(
-      jnp.arange(tokens.shape[1]), positions, token_mask, positions, self.config.attention.window
-    )
-    if segment_ids is not None:
-      mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
-    context = AttentionContext(self._rotary(positions), mask)
+    slots = jnp.arange(tokens.shape[1])
+    places = Places(slots, positions, positions, token_mask, segment_ids)
     info = TokenInfo(token_mask, tokens, segment_ids)
     key = key if train else None
-    x, _, records = self._run(info, context, None, inputs=router_inputs, key=key, train=train)
+    x, _, records = self._run(info, places, None, inputs=router_inputs, key=key, train=train)
     logits = self._logits(x)
     return (logits, self._aux(records)) if return_aux else logits
 
@@ -154,17 +152,16 @@ class Decoder(nnx.Module):
     slots_mask = jax.lax.dynamic_update_slice_in_dim(
       cache.token_mask, token_mask, cache.index, axis=1
     )
-    mask = attention_mask(
+    places = Places(
       cache.index + jnp.arange(tokens.shape[1]),
       positions,
-      slots_mask,
       _count_positions(slots_mask),
-      self.config.attention.window,
+      slots_mask,
+      cache_index=cache.index,
     )
-    context = AttentionContext(self._rotary(positions), mask, cache.index)
     info = TokenInfo(token_mask, tokens)
     x, segments, _ = self._run(
-      info, context, cache.segments, inputs=NO_INPUTS, key=None, train=False
+      info, places, cache.segments, inputs=NO_INPUTS, key=None, train=False
     )
     index = cache.index + tokens.shape[1]
     # An update beyond the last slot would silently overwrite earlier ones.
@@ -173,19 +170,18 @@ class Decoder(nnx.Module):
 
   def init_cache(self, batch_size: int, num_slots: int) -> DecoderCache:
     """Returns an empty cache for `num_slots` tokens a row, prompt and new ones together."""
-    c = self.config.attention
 
     def empty(repeats, block):
-      shape = (repeats, batch_size, num_slots, c.num_kv_heads, c.head_dim)
-      cache = KVCache(jnp.zeros(shape, self.config.dtype), jnp.zeros(shape, self.config.dtype))
-      return DepthCache(cache, jnp.zeros(shape[:3], bool)) if DEPTH in block else cache
+      slots = (repeats, batch_size, num_slots)
+      cache = empty_cache(self.config, block[0], slots)
+      return DepthCache(cache, jnp.zeros(slots, bool)) if DEPTH in block else cache
 
     segments = [
       tuple(empty(s.repeats, block) for block in s.pattern) for s in self.config.parsed_segments()
     ]
     return DecoderCache(segments, jnp.zeros((batch_size, num_slots), bool), jnp.int32(0))
 
-  def _run(self, tokens: TokenInfo, context, caches, *, inputs, key, train):
+  def _run(self, tokens: TokenInfo, places: Places, caches, *, inputs, key, train):
     embed_key, *keys = split_key(key, 1 + len(self.segments))
     # An id outside the vocabulary must not pass for a word; what padding holds does not matter.
     ids = jnp.where(tokens.mask, tokens.ids, 0)
@@ -195,25 +191,25 @@ class Decoder(nnx.Module):
       .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
       .astype(self.config.dtype)
     )
-    x = dropout(x, self.config.dropout, embed_key)
+    x = dropout(x * self.config.embedding_multiplier, self.config.dropout, embed_key)
+    contexts = mixer_contexts(self.config, places)
     caches = [None] * len(self.segments) if caches is None else caches
     new_caches, records, layer = [], [], 0
     for segment, cache, segment_key in zip(self.segments, caches, keys, strict=True):
       mine = slice(layer, layer := layer + segment.num_moe_layers)
       own = jax.tree.map(lambda a, mine=mine: a[mine], inputs)
-      x, cache, aux = segment(x, context, tokens, cache, inputs=own, key=segment_key, train=train)
+      x, cache, aux = segment(x, contexts, tokens, cache, inputs=own, key=segment_key, train=train)
       new_caches.append(cache)
       records.extend(aux)
     return x, new_caches, records
 
-  def _rotary(self, positions: jax.Array) -> RotaryTable:
-    c = self.config.attention
-    return rotary_table(positions, c.head_dim, c.rope_theta)
-
   def _logits(self, x: jax.Array) -> jax.Array:
     x = self.final_norm(x)
     head = self.embedding[...].T if self.config.tie_embeddings else self.head[...]
-    return jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+    logits = jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+    if self.config.head_bias:
+      logits += self.head_bias[...]
+    return logits / self.config.logits_divisor
 
   def _aux(self, records) -> ModelAux:
     depths = [record for record in records if isinstance(record, DepthAux)]

@@ -8,13 +8,10 @@ from comparison import relative_error
 from flax import nnx
 from oracles import language_model
 
-from moe_jax.layers.attention import (
-  Attention,
-  AttentionConfig,
-  AttentionContext,
-  attend,
-  attention_mask,
-)
+from moe_jax.layers.attend import attend
+from moe_jax.layers.attention import Attention
+from moe_jax.layers.attention_config import AttentionConfig
+from moe_jax.layers.attention_context import Places, attention_mask
 from moe_jax.layers.dropout import dropout, split_key
 from moe_jax.layers.mlp import Activation, FeedForwardConfig, feed_forward
 from moe_jax.layers.norms import RMSNorm
@@ -28,11 +25,16 @@ def random(*shape, seed=0):
   return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def mask_of(token_mask, window=None):
-  """The mask of a call without a cache: positions count the real tokens."""
+def places_of(token_mask, positions=None):
+  """The places of a call without a cache: positions count the real tokens unless given."""
   token_mask = jnp.asarray(token_mask)
-  positions = jnp.maximum(jnp.cumsum(token_mask, axis=1) - 1, 0)
-  return attention_mask(jnp.arange(token_mask.shape[1]), positions, token_mask, positions, window)
+  if positions is None:
+    positions = jnp.maximum(jnp.cumsum(token_mask, axis=1) - 1, 0)
+  return Places(jnp.arange(token_mask.shape[1]), positions, positions, token_mask)
+
+
+def mask_of(token_mask, **sight):
+  return attention_mask(places_of(token_mask), **sight)
 
 
 def test_attention_mask_by_hand():
@@ -62,8 +64,7 @@ def test_grouped_query_attention_equals_the_loops(num_kv_heads):
   config = AttentionConfig(num_heads=4, num_kv_heads=num_kv_heads, head_dim=6, rope_theta=50.0)
   layer = Attention(8, config, key=jax.random.key(0), scale=3.0)
   x, positions = random(1, 5, 8), np.array([[0, 2, 3, 7, 11]], np.int32)
-  rotary = rotary_table(jnp.asarray(positions), 6, 50.0)
-  context = AttentionContext(rotary, mask_of(np.ones((1, 5), bool)))
+  context = Attention.context(config, places_of(np.ones((1, 5), bool), jnp.asarray(positions)))
   y, cache = jax.jit(lambda x: layer(x, context))(jnp.asarray(x))
   assert cache is None
   weights = jax.tree.map(np.float64, nnx.to_pure_dict(nnx.state(layer)))

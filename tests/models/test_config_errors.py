@@ -7,7 +7,7 @@ import pytest
 from tiny_models import tiny_config, tiny_routing
 
 from moe_jax.errors import UserError
-from moe_jax.layers.attention import AttentionConfig
+from moe_jax.layers.attention_config import AttentionConfig
 from moe_jax.layers.mlp import Activation, FeedForwardConfig
 from moe_jax.models import ModelConfig, Remat
 from moe_jax.moe import Dispatch, MoEConfig
