@@ -8,6 +8,7 @@ from moe_jax.convert.transforms import FLAT, LINEAR, LINEAR_OUT, SAME
 from moe_jax.layers.attention_config import AttentionConfig
 from moe_jax.layers.mlp import FeedForwardConfig
 from moe_jax.models import ModelConfig
+from moe_jax.moe.options import BalanceFraction, BalanceScope, Weighting
 
 _BLOCK = "model.layers.{layer}."
 
@@ -34,6 +35,8 @@ ATTENTION = (
   rule(_BLOCK + "self_attn.k_proj.bias", "mixer.key_bias", FLAT),
   rule(_BLOCK + "self_attn.v_proj.bias", "mixer.value_bias", FLAT),
   rule(_BLOCK + "self_attn.o_proj.bias", "mixer.out_bias", SAME),
+  rule(_BLOCK + "self_attn.q_norm.weight", "mixer.query_norm.scale", SAME),
+  rule(_BLOCK + "self_attn.k_norm.weight", "mixer.key_norm.scale", SAME),
 )
 LLAMA_PARTS = OUTER + NORMS + ATTENTION
 
@@ -132,17 +135,67 @@ def dense(hub: HubConfig, blocks: list[str], width: int) -> FeedForwardConfig | 
   return FeedForwardConfig(**read_network(hub, width)) if has_dense else None
 
 
-def balance_weight(hub: HubConfig, blocks: list[str], default: float) -> float:
-  """Returns the coefficient of the balance loss of one layer.
+def pooled_balance(hub: HubConfig, blocks: list[str], default: float) -> dict[str, Any]:
+  """Returns the routing fields of the hub's balance loss, as close as a loss of one layer comes.
 
-  The hub's loss pools the tokens of all layers; ours is a sum over layers
+  The hub's loss pools the tokens of all layers
+  (`moe_jax.moe.hugging_face_loss.hugging_face_load_balance_loss`); ours is a sum over layers
   (`moe_jax.models.ModelAux.weighted_loss`), so each layer gets its share of the coefficient.
+
+  Args:
+    hub: the settings.
+    blocks: of the model.
+    default: the coefficient where the file has none.
   """
   layers = sum(block.endswith(":moe") for block in blocks)
-  return hub.get("router_aux_loss_coef", default) / max(layers, 1)
+  return dict(
+    balance_fraction=BalanceFraction.ALL_CHOICES,
+    balance_scope=BalanceScope.BATCH,
+    balance_loss_weight=hub.get("router_aux_loss_coef", default) / max(layers, 1),
+  )
 
 
 def write_balance_weight(config: ModelConfig) -> float:
   """Returns the hub's coefficient; twelve digits undo the division."""
   weight = config.moe.routing.balance_loss_weight * len(config.moe_layers())
   return float(f"{weight:.12g}")
+
+
+def renormalized(hub: HubConfig, default: bool) -> Weighting:
+  """Returns the weighting that `norm_topk_prob` stands for."""
+  return Weighting.RENORMALIZED if hub.get("norm_topk_prob", default) else Weighting.RAW
+
+
+def write_renormalized(config: ModelConfig) -> dict[str, bool]:
+  """Returns `norm_topk_prob`."""
+  return {"norm_topk_prob": config.moe.routing.weighting != Weighting.RAW}
+
+
+def dense_until(hub: HubConfig, mixer: str) -> list[str]:
+  """Returns the blocks of models whose first layers are dense, all others with experts."""
+  layers, first = hub.get("num_hidden_layers"), hub.get("first_k_dense_replace", 0)
+  kinds = ["dense" if layer < first else "moe" for layer in range(layers)]
+  return [f"{mixer}:{kind}" for kind in kinds]
+
+
+def write_dense_until(config: ModelConfig) -> dict[str, Any]:
+  """Returns what `dense_until` reads besides the number of layers, and the dense width."""
+  moe = config.moe_layers()
+  width = config.moe.hidden_dim if config.mlp is None else config.mlp.hidden_dim
+  return {"first_k_dense_replace": moe[0], "intermediate_size": width}
+
+
+def shared_width(hub: HubConfig) -> int:
+  """Returns the width of the shared experts together."""
+  return hub.get("n_shared_experts", 0) * hub.get("moe_intermediate_size")
+
+
+def write_shared(config: ModelConfig) -> dict[str, int]:
+  """Returns the width of an expert and the number of shared ones."""
+  width, shared = config.moe.hidden_dim, config.moe.shared_hidden_dim
+  return {"moe_intermediate_size": width, "n_shared_experts": shared // width}
+
+
+SHARED_EXPERTS = network(
+  "mlp.shared_experts", "feed_forward.shared.network.weights", PROJECTIONS
+)

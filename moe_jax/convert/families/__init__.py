@@ -6,21 +6,25 @@ from typing import Any
 
 from moe_jax.choices import did_you_mean
 from moe_jax.convert.families.mixtral import MIXTRAL
+from moe_jax.convert.families.olmoe import OLMOE
+from moe_jax.convert.families.qwen import QWEN2_MOE, QWEN3_MOE
 from moe_jax.convert.family import Family, as_segments
 from moe_jax.convert.hub_config import CONFIG_FILE, HubConfig
 from moe_jax.convert.rules import uncovered
 from moe_jax.errors import UserError
+from moe_jax.layers.mlp import FeedForwardConfig
 from moe_jax.models import ModelConfig
 from moe_jax.moe.config import RoutingConfig
 from moe_jax.moe.layer import MoEConfig
 from moe_jax.moe.options import BiasUpdate, Score, Weighting
 
-FAMILIES = (MIXTRAL,)
+FAMILIES = (MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE)
 
 _MOST_DIFFERENCES = 4
 # What says how to train or to compute, and not which function the parameters are.
 _TRAINING = {
   ModelConfig: ("dropout", "init_scale", "dtype", "remat", "scan_unroll"),
+  FeedForwardConfig: ("dropout",),
   MoEConfig: ("expert_dropout", "router_jitter", "router_init", "dispatch", "grouped_kernel"),
   RoutingConfig: (
     *("noise", "noise_std", "bias_rate", "grouping", "group_size", "priority", "drop_order"),

@@ -6,8 +6,8 @@ from moe_jax.convert.family import Family, as_segments
 from moe_jax.convert.hub_config import HubConfig
 from moe_jax.convert.parts import (
   LLAMA_PARTS,
-  balance_weight,
   experts,
+  pooled_balance,
   read_attention,
   read_model,
   read_network,
@@ -27,7 +27,7 @@ def _read(hub: HubConfig) -> ModelConfig:
     "mixtral",
     num_experts=hub.get("num_local_experts"),
     top_k=hub.get("num_experts_per_tok", 2),
-    balance_loss_weight=balance_weight(hub, blocks, 0.001),
+    **pooled_balance(hub, blocks, 0.001),
   )
   return ModelConfig(
     **read_model(hub, epsilon=1e-5),
