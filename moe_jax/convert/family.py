@@ -22,7 +22,8 @@ class Family:
       the config has experts and no mixers but `mixers`; `moe_jax.convert.families.family_of`
       tells whether what it wrote means the config.
     rules: the table of tensors.
-    ignored: regular expressions of tensors that checkpoints may have and a model does not need.
+    ignored: regular expressions of tensors that checkpoints may have and a model does not need;
+      "{layers}" stands for the number of blocks.
   """
 
   architecture: str

@@ -106,7 +106,9 @@ class HubConfig:
       )
     return _ACTIVATIONS[given]
 
-  def rope(self, default_theta: float = 10_000.0) -> tuple[float, RopeScaling | None, float]:
+  def rope(
+    self, default_theta: float = 10_000.0, default_part: float = 1.0
+  ) -> tuple[float, RopeScaling | None, float]:
     """Returns theta, the scaling and the rotated part of a head.
 
     Reads `rope_parameters`, which holds everything, and the older `rope_theta` beside
@@ -117,7 +119,7 @@ class HubConfig:
     """
     given = {**(self.get("rope_scaling", None) or {}), **self.get("rope_parameters", {})}
     theta = given.get("rope_theta") or self.get("rope_theta", default_theta)
-    partial = given.get("partial_rotary_factor") or self.get("partial_rotary_factor", 1.0)
+    partial = given.get("partial_rotary_factor") or self.get("partial_rotary_factor", default_part)
     kind = given.get("rope_type") or given.get("type") or "default"
     if kind == "default":
       return float(theta), None, float(partial)

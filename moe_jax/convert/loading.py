@@ -14,7 +14,8 @@ from flax import nnx
 from moe_jax.convert.families import family_in
 from moe_jax.convert.family import Family
 from moe_jax.convert.hub_config import HubConfig, read_hub_config
-from moe_jax.convert.rules import Link, Path as Place, links, parameter_shapes
+from moe_jax.convert.rules import Link, links, parameter_shapes
+from moe_jax.convert.rules import Path as Place
 from moe_jax.convert.tensor_files import TensorFiles, open_tensors
 from moe_jax.errors import UserError
 from moe_jax.models import Decoder, ModelConfig
@@ -75,7 +76,8 @@ def _read_config(
 def _ignored(family: Family, config: ModelConfig) -> tuple[str, ...]:
   # Some files repeat a tied embedding as the head.
   tied = (r"lm_head\.weight",) if config.tie_embeddings else ()
-  return (*family.ignored, *tied, r".*\.rotary_emb\.inv_freq")
+  beyond = (pattern.replace("{layers}", str(len(config.layers()))) for pattern in family.ignored)
+  return (*beyond, *tied, r".*\.rotary_emb\.inv_freq")
 
 
 def _tensor_faults(wanted: list[Link], files: TensorFiles, ignored: tuple[str, ...]) -> list[str]:

@@ -10,7 +10,7 @@ from moe_jax.layers.mlp import FeedForwardConfig
 from moe_jax.models import ModelConfig
 from moe_jax.moe.options import BalanceFraction, BalanceScope, Weighting
 
-_BLOCK = "model.layers.{layer}."
+BLOCK = "model.layers.{layer}."
 
 # Embedding, final norm and head, as in LLaMA's converted checkpoints.
 OUTER = (
@@ -21,22 +21,22 @@ OUTER = (
   rule("lm_head.bias", "head_bias", SAME),
 )
 NORMS = (
-  rule(_BLOCK + "input_layernorm.weight", "mixer_norm.scale", SAME),
-  rule(_BLOCK + "input_layernorm.bias", "mixer_norm.bias", SAME),
-  rule(_BLOCK + "post_attention_layernorm.weight", "feed_forward_norm.scale", SAME),
-  rule(_BLOCK + "post_attention_layernorm.bias", "feed_forward_norm.bias", SAME),
+  rule(BLOCK + "input_layernorm.weight", "mixer_norm.scale", SAME),
+  rule(BLOCK + "input_layernorm.bias", "mixer_norm.bias", SAME),
+  rule(BLOCK + "post_attention_layernorm.weight", "feed_forward_norm.scale", SAME),
+  rule(BLOCK + "post_attention_layernorm.bias", "feed_forward_norm.bias", SAME),
 )
 ATTENTION = (
-  rule(_BLOCK + "self_attn.q_proj.weight", "mixer.query", LINEAR),
-  rule(_BLOCK + "self_attn.k_proj.weight", "mixer.key", LINEAR),
-  rule(_BLOCK + "self_attn.v_proj.weight", "mixer.value", LINEAR),
-  rule(_BLOCK + "self_attn.o_proj.weight", "mixer.out", LINEAR_OUT),
-  rule(_BLOCK + "self_attn.q_proj.bias", "mixer.query_bias", FLAT),
-  rule(_BLOCK + "self_attn.k_proj.bias", "mixer.key_bias", FLAT),
-  rule(_BLOCK + "self_attn.v_proj.bias", "mixer.value_bias", FLAT),
-  rule(_BLOCK + "self_attn.o_proj.bias", "mixer.out_bias", SAME),
-  rule(_BLOCK + "self_attn.q_norm.weight", "mixer.query_norm.scale", SAME),
-  rule(_BLOCK + "self_attn.k_norm.weight", "mixer.key_norm.scale", SAME),
+  rule(BLOCK + "self_attn.q_proj.weight", "mixer.query", LINEAR),
+  rule(BLOCK + "self_attn.k_proj.weight", "mixer.key", LINEAR),
+  rule(BLOCK + "self_attn.v_proj.weight", "mixer.value", LINEAR),
+  rule(BLOCK + "self_attn.o_proj.weight", "mixer.out", LINEAR_OUT),
+  rule(BLOCK + "self_attn.q_proj.bias", "mixer.query_bias", FLAT),
+  rule(BLOCK + "self_attn.k_proj.bias", "mixer.key_bias", FLAT),
+  rule(BLOCK + "self_attn.v_proj.bias", "mixer.value_bias", FLAT),
+  rule(BLOCK + "self_attn.o_proj.bias", "mixer.out_bias", SAME),
+  rule(BLOCK + "self_attn.q_norm.weight", "mixer.query_norm.scale", SAME),
+  rule(BLOCK + "self_attn.k_norm.weight", "mixer.key_norm.scale", SAME),
 )
 LLAMA_PARTS = OUTER + NORMS + ATTENTION
 
@@ -50,7 +50,7 @@ def network(hub: str, ours: str, names: tuple[str, str, str]) -> tuple[Rule, ...
     names: the hub's names of those three.
   """
   return tuple(
-    rule(f"{_BLOCK}{hub}.{theirs}.weight", f"{ours}.{own}", LINEAR)
+    rule(f"{BLOCK}{hub}.{theirs}.weight", f"{ours}.{own}", LINEAR)
     for theirs, own in zip(names, ("gate", "up", "down"), strict=True)
   )
 
@@ -66,7 +66,7 @@ def experts(hub: str, names: tuple[str, str, str] = PROJECTIONS) -> tuple[Rule, 
 
 def router(hub: str) -> Rule:
   """Returns the line of the router's matrix; `hub` stands inside the block."""
-  return rule(_BLOCK + hub, "feed_forward.router.kernel", LINEAR)
+  return rule(BLOCK + hub, "feed_forward.router.kernel", LINEAR)
 
 
 def read_attention(hub: HubConfig, *, theta: float = 10_000.0, **changes) -> AttentionConfig:
@@ -196,6 +196,4 @@ def write_shared(config: ModelConfig) -> dict[str, int]:
   return {"moe_intermediate_size": width, "n_shared_experts": shared // width}
 
 
-SHARED_EXPERTS = network(
-  "mlp.shared_experts", "feed_forward.shared.network.weights", PROJECTIONS
-)
+SHARED_EXPERTS = network("mlp.shared_experts", "feed_forward.shared.network.weights", PROJECTIONS)

@@ -4,17 +4,17 @@ import itertools
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from moe_jax.convert.families import architecture_settings, family_of
 from moe_jax.convert.hub_config import CONFIG_FILE, read_hub_config
-from moe_jax.convert.rules import Link, Path as Place, flat_leaves, links, parameter_shapes
+from moe_jax.convert.rules import Link, flat_leaves, links, parameter_shapes
+from moe_jax.convert.rules import Path as Place
 from moe_jax.convert.tensor_files import INDEX_FILE
 from moe_jax.convert.tensor_writer import TensorSpec, write_tensors
 from moe_jax.errors import UserError
@@ -161,7 +161,9 @@ def _other_settings(folder: Path, own: Mapping[str, Any]) -> dict[str, Any]:
       f"like = {folder} is a checkpoint of {hub.get('model_type')}; expected one of"
       f" {own['model_type']}"
     )
-  return {name: value for name, value in hub.values.items() if name not in ("dtype", "rope_parameters")}
+  return {
+    name: value for name, value in hub.values.items() if name not in ("dtype", "rope_parameters")
+  }
 
 
 def _copy_companions(source: Path, target: Path) -> None:

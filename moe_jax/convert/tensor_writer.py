@@ -50,9 +50,7 @@ def write_tensors(
   shards = _shards(specs, max_file_bytes)
   names = [SINGLE_FILE]
   if len(shards) > 1:
-    names = [
-      f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i, _ in enumerate(shards)
-    ]
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i, _ in enumerate(shards)]
     _write_index(folder, specs, shards, names)
   for name, shard in zip(names, shards, strict=True):
     _write_file(folder / name, [specs[i] for i in shard], (tensor(i) for i in shard))

@@ -34,7 +34,7 @@ class Transform:
     return _hub_shape(self, shapes)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _hub_shape(transform: Transform, shapes: Shapes) -> Shape:
   arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
   return jax.eval_shape(transform.to_hub, *arrays).shape
@@ -51,6 +51,13 @@ LINEAR = Transform(
 # The projection back to D, ours (inputs ..., D).
 LINEAR_OUT = Transform(
   lambda a: a.reshape(-1, a.shape[-1]).T, lambda t, shapes: (t.T.reshape(shapes[0]),)
+)
+
+# Matrices of experts, ours (E, inputs, outputs), as the hub's (E, outputs, inputs).
+TRANSPOSED = Transform(lambda a: a.swapaxes(-1, -2), lambda t, shapes: (t.swapaxes(-1, -2),))
+# Experts (E, F, D) one below the other, (E F, D).
+FLAT_EXPERTS = Transform(
+  lambda a: a.reshape(-1, a.shape[-1]), lambda t, shapes: (t.reshape(shapes[0]),)
 )
 
 

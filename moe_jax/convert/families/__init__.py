@@ -5,6 +5,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moe_jax.choices import did_you_mean
+from moe_jax.convert.families.dbrx import DBRX
+from moe_jax.convert.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from moe_jax.convert.families.deepseek_v1 import DEEPSEEK_V1
+from moe_jax.convert.families.glm4 import GLM4_MOE
+from moe_jax.convert.families.granite import GRANITE
+from moe_jax.convert.families.llama4 import LLAMA4
 from moe_jax.convert.families.mixtral import MIXTRAL
 from moe_jax.convert.families.olmoe import OLMOE
 from moe_jax.convert.families.qwen import QWEN2_MOE, QWEN3_MOE
@@ -18,7 +24,10 @@ from moe_jax.moe.config import RoutingConfig
 from moe_jax.moe.layer import MoEConfig
 from moe_jax.moe.options import BiasUpdate, Score, Weighting
 
-FAMILIES = (MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE)
+FAMILIES = (
+  *(MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE, DEEPSEEK_V1, DEEPSEEK_V2, DEEPSEEK_V3, LLAMA4),
+  *(GRANITE, DBRX, GLM4_MOE),
+)
 
 _MOST_DIFFERENCES = 4
 # What says how to train or to compute, and not which function the parameters are.
@@ -87,7 +96,11 @@ def _differences(family: Family, config: ModelConfig) -> Iterator[str]:
   if not used <= set(family.mixers):
     yield f"mixers among {', '.join(family.mixers)} instead of {', '.join(sorted(used))}"
     return
-  wanted = _meaning(family.read(HubConfig(family.write(config))))
+  try:
+    wanted = _meaning(family.read(HubConfig(family.write(config))))
+  except UserError as error:
+    yield f"settings that exist ({error})"
+    return
   given = _meaning(config)
   for name in dict.fromkeys([*wanted, *given]):
     if wanted.get(name) != given.get(name):

@@ -119,9 +119,7 @@ def _write_qwen2(config: ModelConfig) -> dict[str, Any]:
     **_write_layers(config),
     "qkv_bias": config.attention.qkv_bias,
     "shared_expert_intermediate_size": config.moe.shared_hidden_dim,
-    "layer_types": [
-      _SLIDING if windowed and word == "attention" else _FULL for word in words
-    ],
+    "layer_types": [_SLIDING if windowed and word == "attention" else _FULL for word in words],
     "max_window_layers": len(words),
   }
 
