@@ -24,6 +24,7 @@ def get_config(variant: str = "moe") -> config_dict.ConfigDict:
   if variant not in ("moe", "dense"):
     raise UserError(f"variant {variant!r} does not exist; expected moe or dense")
   config = config_dict.ConfigDict()
+  config.imports = ()
   config.seed = 0
   config.steps = 3950
   config.batch_size = 16

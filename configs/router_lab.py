@@ -31,6 +31,7 @@ NUM_EXPERTS = 8
 def get_config(name: str = "switch") -> config_dict.ConfigDict:
   """Returns the config of a router preset."""
   config = config_dict.ConfigDict()
+  config.imports = ()
   config.seed = 0
   config.steps = 3950
   config.batch_size = 16

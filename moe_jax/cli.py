@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from moe_jax import __version__
 from moe_jax.choices import did_you_mean
+from moe_jax.config import find_in_current_folder
 from moe_jax.config.command_line import REQUIRED, Flag, FlagKind, parse_command_line
 from moe_jax.errors import UserError
 
@@ -160,6 +161,7 @@ def _run(argv: list[str]) -> int:
     print(_command_help(name))
     return 0
   command = COMMANDS[name]
+  find_in_current_folder()
   arguments = parse_command_line(rest, flags=command.flags, program=f"{_PROGRAM} {name}")
   return pkgutil.resolve_name(command.entry)(arguments) or 0
 

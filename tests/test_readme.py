@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 
 import pytest
 from fast_compilation import compile_fast  # noqa: F401
@@ -9,7 +10,8 @@ from training import tiny
 
 from moe_jax.cli import main
 from moe_jax.errors import UserError
-from moe_jax.moe import RoutingConfig
+from moe_jax.moe import RoutingConfig, presets, registry
+from moe_jax.training.run_folder import claim_run
 
 README = (tiny.ROOT / "README.md").read_text()
 MAKEFILE = (tiny.ROOT / "Makefile").read_text()
@@ -44,7 +46,24 @@ def test_make_train_runs_the_quickstart():
   assert "--config=configs/quickstart.py --workdir=runs/quickstart" in MAKEFILE
 
 
-def test_moe_jax_commands_run_in_the_order_of_the_readme(tmp_path, monkeypatch):
+@pytest.fixture
+def my_router(tmp_path, monkeypatch):
+  """Puts the module of the README on Python's path; returns what makes a process forget it."""
+  (code,) = [block for block in blocks("python") if "register_selection" in block]
+  (tmp_path / "modules").mkdir()
+  (tmp_path / "modules" / "my_router.py").write_text(code)
+  monkeypatch.syspath_prepend(tmp_path / "modules")
+
+  def forget():
+    sys.modules.pop("my_router", None)
+    registry._SELECTORS.pop("least_likely", None)
+    presets._PRESETS.pop("contrarian", None)
+
+  yield forget
+  forget()
+
+
+def test_moe_jax_commands_run_in_the_order_of_the_readme(tmp_path, monkeypatch, my_router):
   # Runs land in a scratch folder; configs are found from the repository.
   monkeypatch.chdir(tiny.ROOT)
   quick = tiny.command(tmp_path / "quickstart", steps=2)
@@ -58,7 +77,21 @@ def test_moe_jax_commands_run_in_the_order_of_the_readme(tmp_path, monkeypatch):
       words = words[:1] + small[is_moe] + words[1:]
     elif words[0] == "generate":
       words.append("--max_new_tokens=4")
+    # Each command is a process of its own to its user.
+    my_router()
     assert main(words) == 0, words
+
+
+def test_a_run_whose_router_is_not_found_is_refused_in_one_sentence(tmp_path, capsys):
+  mapping = tiny.mapping() | {"imports": ["my_router"]}
+  mapping["moe"]["selection"] = "least_likely"
+  with claim_run(tmp_path, mapping):
+    pass
+  for command in (["eval"], ["trace", "--out=x.npz"], ["generate", "--prompt=a"]):
+    assert main([*command, f"--workdir={tmp_path}"]) == 2
+    message = capsys.readouterr().err
+    assert "config.json: config.imports[0] = 'my_router': there is no such module" in message
+    assert message.count("\n") == 1
 
 
 @pytest.mark.parametrize("code", blocks("python"))

@@ -40,7 +40,7 @@ def counterfactual(model: ModelConfig, arm: str) -> ModelConfig:
   if any(have.get(path) != shape for path, shape in need.items()):
     raise UserError(
       f"--arm={arm}: this router has parameters or a state that the run has not; change fields"
-      " that keep num_experts, the noise and the number of logits"
+      " that keep num_experts, the projection, the noise and the number of logits"
     )
   return changed
 

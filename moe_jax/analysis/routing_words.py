@@ -13,6 +13,7 @@ from moe_jax.moe.options import (
   Noise,
   Overflow,
   Priority,
+  Projection,
   Rounding,
   Weighting,
   WeightOn,
@@ -27,6 +28,7 @@ MEANINGS = {
   "top_k": "experts asked for by each token",
   "num_null_experts": "experts without parameters",
   "null_expert": "what an expert without parameters returns",
+  "projection": "how the router makes logits of activations",
   "score": "logits to scores",
   "noise": "what training adds to the logits",
   "noise_std": "standard deviation of that noise",
@@ -36,7 +38,7 @@ MEANINGS = {
   "num_expert_groups": "groups of experts",
   "top_expert_groups": "groups of experts open to a token",
   "group_score": "score of a group of experts",
-  "hash_seed": "seed of the hash",
+  "hash_seed": "seed of the hash, table or fixed choice",
   "hash_ngram": "tokens hashed together",
   "sinkhorn_iterations": "iterations of the balancing",
   "bias_update": "how a selection bias follows the load",
@@ -68,6 +70,8 @@ MEANINGS = {
   "z_loss_weight": "coefficient of the router z-loss",
   "importance_loss_weight": "coefficient of the importance loss",
   "load_loss_weight": "coefficient of the load loss",
+  "device_loss_weight": "coefficient of the balance loss over expert groups",
+  "communication_loss_weight": "coefficient of the communication loss over expert groups",
   "adaptive_target": "what the balance loss's coefficient adapts to",
   "adaptive_factor": "factor by which it adapts",
 }
@@ -92,13 +96,14 @@ def _unread(config: RoutingConfig) -> set[str]:
   normed = (Weighting.RENORMALIZED, Weighting.RENORMALIZED_AFTER_DROP)
   factors = {"capacity_factor", "eval_capacity_factor", "capacity_convention"}
   factors |= {"capacity_rounding", "min_capacity", "capacity_multiple"}
-  balance = {"balance_fraction", "balance_source", "balance_scope"}
   read_only_if = [
     (config.num_null_experts, {"null_expert"}),
     (config.noise not in (Noise.NONE, Noise.LEARNED), {"noise_std"}),
     (config.selection in ("random_second", "threshold_second"), {"second_threshold"}),
     (config.num_expert_groups > 1, {"group_score", "top_expert_groups"}),
-    (config.selection == "hash", {"hash_ngram", "hash_seed"}),
+    (config.selection == "hash", {"hash_ngram"}),
+    # "random" outside training.
+    (config.selection in ("hash", "table", "random"), {"hash_seed"}),
     (config.selection == "sinkhorn", {"sinkhorn_iterations"}),
     (config.bias_update != BiasUpdate.NONE, {"bias_rate"}),
     (config.weighting in normed, {"weight_norm_order"}),
@@ -111,7 +116,8 @@ def _unread(config: RoutingConfig) -> set[str]:
     (config.overflow == Overflow.REROUTE, {"reroute_attempts"}),
     (token_choice, {"overflow"}),
     (config.grouping == Grouping.FIXED, {"group_size"}),
-    (config.balance_loss_weight, balance),
+    (config.balance_loss_weight or config.device_loss_weight, {"balance_fraction"}),
+    (_balances(config), {"balance_source", "balance_scope"}),
     (config.importance_loss_weight, {"importance"}),
     (config.load_loss_weight, {"load_threshold"}),
     (config.adaptive_target is not None, {"adaptive_factor"}),
@@ -124,8 +130,12 @@ def _unread(config: RoutingConfig) -> set[str]:
 
 def _loss_scope_reads_groups(config):
   return config.balance_scope == "group" and bool(
-    config.balance_loss_weight or config.importance_loss_weight or config.load_loss_weight
+    _balances(config) or config.importance_loss_weight or config.load_loss_weight
   )
+
+
+def _balances(config):
+  return config.balance_loss_weight or config.device_loss_weight or config.communication_loss_weight
 
 
 def score_words(config: RoutingConfig) -> str:
@@ -133,7 +143,8 @@ def score_words(config: RoutingConfig) -> str:
   noise = "" if config.noise == Noise.NONE else f" + {config.noise} noise"
   if config.noise not in (Noise.NONE, Noise.LEARNED):
     noise += f" ({config.noise_std:.3g})"
-  return f"{config.score}{noise}"
+  projection = "" if config.projection == Projection.LINEAR else f"{config.projection} logits, "
+  return f"{projection}{config.score}{noise}"
 
 
 def selection_words(config: RoutingConfig) -> str:
@@ -186,6 +197,9 @@ _ROUNDINGS = {
 }
 
 
+_BY_ASSIGNMENT = (Priority.PROBABILITY, Priority.WEIGHT)
+
+
 def overflow_words(config: RoutingConfig) -> str:
   """Describes the place stage: what happens at a full expert, and who asks first."""
   if config.selector.chooser != Chooser.TOKEN:
@@ -193,7 +207,7 @@ def overflow_words(config: RoutingConfig) -> str:
   if config.overflow == Overflow.DROPLESS:
     return "dropless"
   words = [str(config.overflow)]
-  if config.top_k > 1 and config.priority != Priority.PROBABILITY:
+  if config.top_k > 1 and config.priority not in _BY_ASSIGNMENT:
     words.append(str(config.drop_order).replace("_", "-"))
   return ", ".join([*words, f"by {str(config.priority).replace('_', ' ')}"])
 
@@ -209,6 +223,10 @@ def loss_words(config: RoutingConfig) -> str:
   words = []
   if config.balance_loss_weight:
     words.append(_balance_words(config))
+  if config.device_loss_weight:
+    words.append(f"{config.device_loss_weight:g} over devices")
+  if config.communication_loss_weight:
+    words.append(f"{config.communication_loss_weight:g} communication")
   if config.z_loss_weight:
     words.append(f"{config.z_loss_weight:g} z")
   if config.importance_loss_weight:

@@ -1,5 +1,6 @@
 """The command `moe-jax train`."""
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +9,8 @@ from moe_jax.analysis.report import write_report
 from moe_jax.commands.summary import summarize
 from moe_jax.data.builders import prepare
 from moe_jax.data.loader import steps_per_epoch
-from moe_jax.training.config import experiment_from
+from moe_jax.errors import UserError
+from moe_jax.training.config import ExperimentConfig, experiment_from
 from moe_jax.training.loop import run_steps
 from moe_jax.training.run_folder import (
   SUMMARY_FILE,
@@ -30,6 +32,7 @@ def train(args: SimpleNamespace) -> None:
   workdir = Path(args.workdir)
   mapping = args.config.to_dict()
   config = experiment_from(mapping)
+  _check_selection(config)
   check_run(workdir, mapping)
   check_writers(config.log)
   data = prepare(config.data)
@@ -40,6 +43,18 @@ def train(args: SimpleNamespace) -> None:
       summary = summarize(config, data, state.model, workdir)
       write_json(workdir / SUMMARY_FILE, {**summary, "wall_seconds": wall_seconds})
     print(_results(read_summary(workdir), workdir, write_report(workdir)))
+
+
+def _check_selection(config: ExperimentConfig) -> None:
+  """Refuses a selection that only the config file registers: who reads the run does not run it."""
+  if config.model.moe is None:
+    return
+  routing = config.model.moe.routing
+  if routing.selector.function.__module__ not in sys.modules:
+    raise UserError(
+      f"selection = {routing.selection} is registered by the config file itself, which eval, trace"
+      " and generate do not run; put it into a module of its own and name that in config.imports"
+    )
 
 
 def _results(summary: dict[str, Any], workdir: Path, report: Path) -> str:

@@ -8,12 +8,15 @@ longer than a command line needs to print its help.
 """
 
 from moe_jax.config.command_line import Flag, FlagKind, parse_command_line
+from moe_jax.config.imports import find_in_current_folder, import_modules
 from moe_jax.config.schema import dataclass_from, section, to_mapping
 
 __all__ = [
   "Flag",
   "FlagKind",
   "dataclass_from",
+  "find_in_current_folder",
+  "import_modules",
   "parse_command_line",
   "section",
   "to_mapping",

@@ -21,6 +21,14 @@ LOGICAL_AXES = {
   "bias": "outputs of a projection's bias, attention sinks, buckets of a relative bias",
 }
 
+# A parameter with no other axes scales or shifts element by element, and enters no product.
+_ELEMENTWISE = frozenset({"layers", "norm", "router"})
+
+
+def is_elementwise(axes: tuple[str, ...]) -> bool:
+  """Tells scales and biases, of norms and of router logits, from what products read."""
+  return _ELEMENTWISE.issuperset(axes)
+
 
 def parameter(
   key: jax.Array,

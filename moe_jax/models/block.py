@@ -17,7 +17,13 @@ def _dense(config: ModelConfig, key: jax.Array) -> FeedForward:
 
 
 def _experts(config: ModelConfig, key: jax.Array) -> MoELayer:
-  return MoELayer(config.model_dim, config.moe, key=key, init_scale=config.init_scale)
+  return MoELayer(
+    config.model_dim,
+    config.moe,
+    key=key,
+    init_scale=config.init_scale,
+    vocab_size=config.vocab_size,
+  )
 
 
 # The names that patterns use, see `ModelConfig.segments`.

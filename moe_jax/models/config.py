@@ -160,10 +160,12 @@ class ModelConfig:
     if self.moe is None:
       return
     self.moe.check_width(self.model_dim)
-    if self.moe.routing.selection == "table":
+    routing = self.moe.routing
+    hashes_several = routing.selection == "hash" and routing.hash_ngram > 1
+    if hashes_several and any(block[1:] == ("moe", DEPTH) for block in self.layers()):
       raise UserError(
-        "selection = table takes expert ids where a language model has vocabulary ids; use"
-        " selection = hash, or call MoELayer with token_ids = table[tokens]"
+        f"hash_ngram = {routing.hash_ngram} is refused: it must be 1 in a 'moe:depth' block,"
+        " which does not see the tokens it leaves out"
       )
 
   def parsed_segments(self) -> tuple[Segment, ...]:

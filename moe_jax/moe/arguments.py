@@ -64,7 +64,8 @@ def check_vectors(
       f"selection = {config.selection} does not rank experts: bias = None is expected, an array"
       f" of shape {bias.shape} was given"
     )
-  lengths = {"bias": (bias, config.num_logits), "global_load": (global_load, config.num_experts)}
+  fractions = config.num_load_fractions
+  lengths = {"bias": (bias, config.num_logits), "global_load": (global_load, fractions)}
   for name, (vector, length) in lengths.items():
     if vector is not None and vector.shape != (length,):
       raise UserError(f"{name} has shape {vector.shape}; expected ({length},)")

@@ -24,6 +24,7 @@ from moe_jax.moe.options import (
   NullExpert,
   Overflow,
   Priority,
+  Projection,
   Rounding,
   Score,
   Weighting,
@@ -42,6 +43,7 @@ class RoutingConfig:
       experts a token gets (capacity), with `positive` the number that the balance loss aims at.
     num_null_experts, null_expert: experts without parameters, which take no slot; ids from E on.
 
+    projection: activations -> logits, which the layer's router does.
     score: logits -> scores.
     noise, noise_std: what is added to the logits in training.
     granularity: what is routed as one.
@@ -52,7 +54,8 @@ class RoutingConfig:
     num_expert_groups, top_expert_groups, group_score: with more than one group a token asks only
       experts of its best groups (device- and node-limited routing). `hierarchical` reads the first
       two as the number of first-level gates and how many of them are taken.
-    hash_seed, hash_ngram: the hash of `selection = hash`, of the last hash_ngram token ids.
+    hash_seed, hash_ngram: the hash of `selection = hash`, of the last hash_ngram token ids of the
+      sequence; hash_seed also of the tables of `selection = table`.
     sinkhorn_iterations: of `selection = sinkhorn`.
     bias_update, bias_rate: the selection bias that balances without a loss.
 
@@ -71,8 +74,9 @@ class RoutingConfig:
     balance_fraction, balance_source, balance_scope: the load-balance loss.
     importance, load_threshold: what the importance and load losses are computed from.
     loss_padding: how masked tokens enter the losses.
-    balance_loss_weight, z_loss_weight, importance_loss_weight, load_loss_weight: the coefficients
-      of the losses in `moe_jax.moe.losses`.
+    balance_loss_weight, z_loss_weight, importance_loss_weight, load_loss_weight,
+    device_loss_weight, communication_loss_weight: the coefficients of the losses in
+      `moe_jax.moe.losses` and `moe_jax.moe.device_losses`; a device is an expert group.
     adaptive_target, adaptive_factor: when a target is set, the coefficient of the balance loss is
       multiplied by adaptive_factor after a step in which the mean number of experts per token
       (`positive`) or the max violation (all others) exceeds it, and divided below it (ReMoE,
@@ -84,6 +88,7 @@ class RoutingConfig:
   num_null_experts: int = 0
   null_expert: NullExpert = NullExpert.ZERO
 
+  projection: Projection = Projection.LINEAR
   score: Score = Score.SOFTMAX
   noise: Noise = Noise.NONE
   noise_std: float = 1.0
@@ -129,6 +134,8 @@ class RoutingConfig:
   z_loss_weight: float = 0.0
   importance_loss_weight: float = 0.0
   load_loss_weight: float = 0.0
+  device_loss_weight: float = 0.0
+  communication_loss_weight: float = 0.0
   adaptive_target: float | None = None
   adaptive_factor: float = 1.2
 
@@ -158,6 +165,11 @@ class RoutingConfig:
     if self.selection == "hierarchical":
       return self.num_experts + self.num_expert_groups
     return self.num_experts + self.num_null_experts
+
+  @property
+  def num_load_fractions(self) -> int:
+    """Load fractions that losses of `balance_scope = global_batch` read: of experts, devices."""
+    return self.num_experts + (self.num_expert_groups if self.communication_loss_weight else 0)
 
   @property
   def needs_key(self) -> bool:
@@ -202,7 +214,8 @@ def _check_ranges(config: RoutingConfig) -> None:
     _require(config, name, getattr(config, name) >= 1, "at least 1")
   for name in ("num_null_experts", "hash_seed", "balance_loss_weight", "z_loss_weight"):
     _require(config, name, getattr(config, name) >= 0, "0 or greater")
-  for name in ("importance_loss_weight", "load_loss_weight", "bias_rate", "second_threshold"):
+  finite = ("importance_loss_weight", "load_loss_weight", "bias_rate", "second_threshold")
+  for name in (*finite, "device_loss_weight", "communication_loss_weight"):
     _require(config, name, 0 <= getattr(config, name) < math.inf, "0 or greater and finite")
   for name in ("capacity_factor", "eval_capacity_factor"):
     finite = "greater than 0 and finite (overflow = dropless drops nothing)"
@@ -318,6 +331,9 @@ def _check_losses(config: RoutingConfig) -> None:
     wanted = "0 with num_null_experts > 0 or a selection that is not top_k"
     plain = config.selection == "top_k" and not config.num_null_experts
     _require(config, "load_loss_weight", plain, wanted)
+  for name in ("device_loss_weight", "communication_loss_weight"):
+    wanted = "0 with num_expert_groups = 1: the devices of these losses are expert groups"
+    _require(config, name, not getattr(config, name) or config.num_expert_groups > 1, wanted)
   if config.selector.chooser == Chooser.SLOT:
     for name in ("balance_loss_weight", "importance_loss_weight"):
       wanted = f"0 with selection = {config.selection}: every slot is used by design"

@@ -1,13 +1,16 @@
 """Hash tables for routing by token id, balanced by frequency (hash layers, arXiv 2106.04426)."""
 
 import heapq
+from collections.abc import Sequence
 
 import numpy as np
 
 from moe_jax.errors import UserError
 
 
-def balanced_table(counts: np.ndarray, num_experts: int, seed: int = 0) -> np.ndarray:
+def balanced_table(
+  counts: np.ndarray, num_experts: int, seed: int | Sequence[int] = 0
+) -> np.ndarray:
   """Assigns every token id to an expert so that experts see about equally many tokens.
 
   The balanced hash of the paper's section 3: ids in order of falling frequency, each to the expert
@@ -18,7 +21,7 @@ def balanced_table(counts: np.ndarray, num_experts: int, seed: int = 0) -> np.nd
   Args:
     counts: (V,) non-negative counts of each token id in the training text.
     num_experts: E.
-    seed: of the order among equals.
+    seed: of the order among equals; several numbers make one seed, such as a run's and a layer's.
 
   Returns:
     (V,) int32 expert ids. `table[tokens]` is what `selection = table` takes as token ids.

@@ -150,8 +150,8 @@ class RouterInputs:
   """What a caller gives single routers. A model's has a leading axis of MoE layers everywhere.
 
   Attributes:
-    global_load: (E,) float32, the load fractions of the whole optimiser step, see
-      `moe_jax.moe.losses.load_balance_loss`; None for those of the call.
+    global_load: (E,) float32 or longer, the load fractions of the whole optimiser step, see
+      `moe_jax.moe.routing.route`; None for those of the call.
     expert_ids: (B, L, K) int32, the experts that `selection = replay` forces; None without.
   """
 
@@ -183,9 +183,20 @@ class MoELayer(nnx.Module):
 
   Tokens whose experts are all full come out as zeros (plus shared experts): add the residual
   outside. What was dropped is in `aux.plan.metrics`. Padding comes out as zeros.
+
+  With a `vocab_size` the layer of `selection = table` keeps a table, and `token_ids` are ids of
+  that vocabulary; without one they are the expert ids themselves.
   """
 
-  def __init__(self, model_dim: int, config: MoEConfig, *, key: jax.Array, init_scale: float = 1.0):
+  def __init__(
+    self,
+    model_dim: int,
+    config: MoEConfig,
+    *,
+    key: jax.Array,
+    init_scale: float = 1.0,
+    vocab_size: int | None = None,
+  ):
     config.check_width(model_dim)
     router_key, experts_key = jax.random.split(key)
     self.config = config
@@ -196,6 +207,7 @@ class MoELayer(nnx.Module):
       scale=init_scale,
       jitter=config.router_jitter,
       init=config.router_init,
+      vocab_size=vocab_size,
     )
     self.experts = Experts(
       model_dim,
@@ -265,7 +277,7 @@ class MoELayer(nnx.Module):
       group(logits),
       config,
       token_mask=group(tokens.mask),
-      token_ids=group(tokens.ids),
+      token_ids=group(self._selecting_ids(tokens.ids)),
       segment_ids=group(segments),
       noise_scale=group(noise_std),
       bias=self.router.bias[...] if hasattr(self.router, "bias") else None,
@@ -274,6 +286,12 @@ class MoELayer(nnx.Module):
       key=key,
       train=train,
     )
+
+  def _selecting_ids(self, ids):
+    if ids is None or not hasattr(self.router, "table"):
+      return ids
+    # Padding may hold any id.
+    return self.router.table[...].at[ids].get(mode="clip")
 
   def _apply_experts(self, x, plan, key):
     dispatcher = get_dispatcher(self.config.dispatch)

@@ -133,10 +133,9 @@ LIBRARY_PRESETS: dict[str, dict] = {
   ),
   # NVIDIA/Megatron-LM, core/transformer/moe/{router,moe_utils}.py with
   # `moe_expert_capacity_factor` set (None, its default, is `overflow = dropless`): softmax over the
-  # selected logits, capacity ceil(CF K S / E), the least probable dropped
-  # (`moe_token_drop_policy = probs`), f / K. It compares the weights, this the softmax over all
-  # experts: the same with `moe_router_pre_softmax` (weighting = raw). 0.01 is the value it
-  # recommends for `moe_aux_loss_coeff`; Mixtral's sizes.
+  # selected logits, capacity ceil(CF K S / E), the assignments of the least weight dropped
+  # (`moe_token_drop_policy = probs`), f / K. `moe_router_pre_softmax` is weighting = raw. 0.01 is
+  # the value it recommends for `moe_aux_loss_coeff`; Mixtral's sizes.
   "megatron": dict(
     num_experts=8,
     top_k=2,
@@ -145,7 +144,7 @@ LIBRARY_PRESETS: dict[str, dict] = {
     capacity_factor=1.0,
     eval_capacity_factor=1.0,
     capacity_rounding=Rounding.CEIL,
-    priority=Priority.PROBABILITY,
+    priority=Priority.WEIGHT,
     balance_fraction=BalanceFraction.ALL_CHOICES_MEAN,
     balance_scope=BalanceScope.BATCH,
     balance_loss_weight=0.01,

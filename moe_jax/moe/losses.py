@@ -6,6 +6,8 @@
 | `router_z` | `z_loss_weight` | mean over tokens of logsumexp(logits)^2 | |
 | `importance` | `importance_loss_weight` | CV^2 of the weights' (or scores') sum per expert | 0 |
 | `load` | `load_loss_weight` | CV^2 of the probability mass of being selected, with noise | 0 |
+
+Those over devices stand in `device_losses.py`.
 """
 
 import jax
@@ -28,6 +30,8 @@ def loss_weights(config: RoutingConfig) -> dict[str, float]:
     "router_z": config.z_loss_weight,
     "importance": config.importance_loss_weight,
     "load": config.load_loss_weight,
+    "device_balance": config.device_loss_weight,
+    "communication": config.communication_loss_weight,
   }
 
 
@@ -57,36 +61,58 @@ def load_balance_loss(
     global_load: (E,) f of the whole optimiser step, for the scope `global_batch`; None takes the
       f of this call, which is the same where one call is the whole step.
   """
-  real_GS1 = mask_GS[..., None].astype(jnp.float32)
-  asked_GSE = jax.lax.stop_gradient(counted_GSE)
+  asked_GSE = counted_GSE
   if config.balance_fraction == BalanceFraction.ALL_CHOICES_MEAN:
     asked_GSE = asked_GSE / config.top_k
+  ids, load = segment_ids, global_load
+  return sum_of_products(probs_GSE, asked_GSE, mask_GS, config, segment_ids=ids, global_load=load)
+
+
+def sum_of_products(
+  probs_GSX: jax.Array,
+  counted_GSX: jax.Array,
+  mask_GS: jax.Array,
+  config: RoutingConfig,
+  *,
+  segment_ids: jax.Array | None,
+  global_load: jax.Array | None,
+) -> jax.Array:
+  """Returns X * sum_x f_x P_x over whatever X is balanced, f and P means over `balance_scope`.
+
+  Arguments as in `load_balance_loss`; `counted` is averaged as it is.
+  """
+  real_GS1 = mask_GS[..., None].astype(jnp.float32)
+  counted_GSX = jax.lax.stop_gradient(counted_GSX)
   scope, tokens_GS1 = config.balance_scope, _counted(mask_GS, config.loss_padding)[..., None]
 
-  def total(a_GSE):
+  def total(a_GSX):
     if scope == BalanceScope.SEQUENCE:
-      return sum_by_run(a_GSE, segment_runs(segment_ids))
-    return jnp.sum(a_GSE, axis=1 if scope == BalanceScope.GROUP else (0, 1))
+      return sum_by_run(a_GSX, segment_runs(segment_ids))
+    return jnp.sum(a_GSX, axis=1 if scope == BalanceScope.GROUP else (0, 1))
 
   count = total(tokens_GS1)
-  f = total(asked_GSE) / jnp.maximum(count, 1.0)
+  f = total(counted_GSX) / jnp.maximum(count, 1.0)
   if scope == BalanceScope.GLOBAL_BATCH and global_load is not None:
     f = jax.lax.stop_gradient(global_load)
-  P = total(probs_GSE * real_GS1) / jnp.maximum(count, 1.0)
+  P = total(probs_GSX * real_GS1) / jnp.maximum(count, 1.0)
   # A scope of padding alone has no load to balance: it must not pull the mean down.
-  return config.num_experts * jnp.sum(f * P) / jnp.maximum(jnp.sum(count > 0), 1)
+  return P.shape[-1] * jnp.sum(f * P) / jnp.maximum(jnp.sum(count > 0), 1)
 
 
 def balance_fraction(
   counted_GSE: jax.Array, mask_GS: jax.Array, config: RoutingConfig
 ) -> jax.Array:
   """Returns f (E,) float32 of all tokens of the call, as `load_balance_loss` counts it."""
-  f = jnp.sum(counted_GSE, axis=(0, 1)) / jnp.maximum(
-    jnp.sum(_counted(mask_GS, config.loss_padding)), 1.0
-  )
-  if config.balance_fraction == BalanceFraction.ALL_CHOICES_MEAN:
-    f = f / config.top_k
-  return jax.lax.stop_gradient(f)
+  f = mean_over_tokens(counted_GSE, mask_GS, config)
+  return f / config.top_k if config.balance_fraction == BalanceFraction.ALL_CHOICES_MEAN else f
+
+
+def mean_over_tokens(
+  counted_GSX: jax.Array, mask_GS: jax.Array, config: RoutingConfig
+) -> jax.Array:
+  """Returns the mean (X,) over the tokens that losses count, without a gradient."""
+  tokens = jnp.maximum(jnp.sum(_counted(mask_GS, config.loss_padding)), 1.0)
+  return jax.lax.stop_gradient(jnp.sum(counted_GSX, axis=(0, 1)) / tokens)
 
 
 def router_z_loss(logits_GSE: jax.Array, mask_GS: jax.Array, padding: LossPadding) -> jax.Array:

@@ -22,6 +22,18 @@ class Score(enum.StrEnum):
   RELU = "relu"  # max(z, 0): zero for experts that are not wanted (ReMoE, arXiv 2412.14711 Eq. 5)
 
 
+class Projection(enum.StrEnum):
+  """Score stage: how the router makes logits of a token's activations x (arXiv 1701.06538 Eq. 3).
+
+  Carried out by `moe_jax.moe.router.Router`; `route` takes logits.
+  """
+
+  LINEAR = "linear"  # x W
+  AFFINE = "affine"  # x W + b, a learned bias for each logit (gpt-oss)
+  # l2(x) (scale * l2(W)), x and W's columns of length 1, one learned scale (arXiv 2308.00951 2.3)
+  NORMALIZED = "normalized"
+
+
 class Noise(enum.StrEnum):
   """Score stage: what is added to the logits in training."""
 
@@ -119,6 +131,7 @@ class Priority(enum.StrEnum):
   MAX_SCORE = "max_score"  # by largest score (batch prioritised routing, arXiv 2106.05974)
   SUM_SCORE = "sum_score"  # by the sum of the K selected scores (the same paper)
   PROBABILITY = "probability"  # each assignment by its own score, whatever the drop order
+  WEIGHT = "weight"  # each assignment by its combine weight before drops (Megatron-LM's `probs`)
   RANDOM = "random"  # in a random order in training, by position outside it (DeepSpeed)
 
 

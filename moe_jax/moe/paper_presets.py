@@ -17,6 +17,7 @@ from moe_jax.moe.options import (
   Noise,
   Overflow,
   Priority,
+  Projection,
   Rounding,
   Score,
   Weighting,
@@ -195,10 +196,11 @@ PAPER_PRESETS: dict[str, dict] = {
     balance_loss_weight=0.0,
   ),
   # Soft MoE, arXiv 2308.00951: slots mix the tokens of one image (section 2.1); 128 experts with
-  # one slot each, which the paper finds best (section 3.4). Its L2 normalisation of tokens and
-  # slots (section 2.3) is not done here.
+  # one slot each, which the paper finds best (section 3.4); tokens and slot parameters of length 1
+  # and a learned scale (section 2.3).
   "soft_moe": dict(
     num_experts=128,
+    projection=Projection.NORMALIZED,
     selection="soft",
     capacity=1,
     grouping=Grouping.SEQUENCE,
@@ -244,9 +246,10 @@ PAPER_PRESETS: dict[str, dict] = {
     balance_loss_weight=0.001,
   ),
   # DeepSeek-V2, arXiv 2405.04434: 6 of 160 experts within 3 of 8 device groups by their best expert
-  # (section 2.1.2), loss Eq. 23-25 with alpha_1 = 0.003; weights times 16 and one loss a sequence
-  # from the released config (`routed_scaling_factor`, `seq_aux`). Not expressed here: the device
-  # and communication losses (Eq. 26-31) and the drops by a budget for each device in training.
+  # (section 2.1.2), losses over experts, devices and communication (Eq. 23-31) with alpha = 0.003,
+  # 0.05 and 0.02 (section 3.1.2); weights times 16 and losses a sequence from the released config
+  # (`routed_scaling_factor`, `seq_aux`). Not expressed here: the drops by a budget for each device
+  # in training.
   "deepseek_v2": dict(
     num_experts=160,
     top_k=6,
@@ -260,6 +263,8 @@ PAPER_PRESETS: dict[str, dict] = {
     balance_fraction=BalanceFraction.ALL_CHOICES_MEAN,
     balance_scope=BalanceScope.GROUP,
     balance_loss_weight=0.003,
+    device_loss_weight=0.05,
+    communication_loss_weight=0.02,
   ),
   # OLMoE, arXiv 2409.02060: 8 of 64 experts, raw softmax weights (`norm_topk_prob` false), no
   # drops, loss weights 0.01 and 0.001 (section 4.1); f divided by K and averaged over a device's
@@ -348,11 +353,12 @@ PAPER_PRESETS: dict[str, dict] = {
     balance_loss_weight=0.001,
   ),
   # gpt-oss-120b, arXiv 2508.10925 section 2.2: 4 of 128 experts, softmax over the selected logits.
-  # The training loss is open; 0.001 is the default of the released config class. The released
-  # router has an additive bias on its logits, which the layer here has not.
+  # The training loss is open; 0.001 is the default of the released config class. The learned bias
+  # on the logits is that of the released router.
   "gpt_oss": dict(
     num_experts=128,
     top_k=4,
+    projection=Projection.AFFINE,
     weighting=Weighting.SOFTMAX_SELECTED,
     overflow=Overflow.DROPLESS,
     balance_fraction=BalanceFraction.ALL_CHOICES,

@@ -42,8 +42,9 @@ def place(
     asked_GSK: (G, S, K) bool, False for assignments that do not ask (padding, an unused second
       choice, a null expert); they take no place.
     ranking_GSE: (G, S, E) float32, the order in which re-routing goes on; -inf is never asked.
-    score_GSK: (G, S, K) float32, the scores of the selected experts; under `probability` a
-      re-routed assignment keeps its place in this order.
+    score_GSK: (G, S, K) float32, the scores of the selected experts, under `priority = weight`
+      their weights; under that and `probability` a re-routed assignment keeps its place in this
+      order.
     best_score_GS: (G, S) float32, the order of `priority = max_score`. All ties go by position.
     config: `drop_order`, `priority`, `overflow` and `reroute_attempts` are read.
     capacity: C.
@@ -85,7 +86,7 @@ class _Order:
       return (a_GSK.swapaxes(1, 2) if choice_major else a_GSK).reshape(G, S * K)
 
     expert_GN, asked_GN = flatten(expert_GSK), flatten(asked_GSK)
-    if self.config.priority == Priority.PROBABILITY:
+    if self.config.priority in (Priority.PROBABILITY, Priority.WEIGHT):
       order_GN = jnp.argsort(-flatten(self.score_GSK), axis=1, stable=True)
       place_GN = _places(*(_take(a, order_GN) for a in (expert_GN, asked_GN)), self.config)
       place_GN = _take(place_GN, jnp.argsort(order_GN, axis=1))

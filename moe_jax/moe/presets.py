@@ -39,9 +39,9 @@ def register_preset(name: str, **fields) -> None:
   """Enters a preset of one's own; see `register_selection` for a selection of one's own.
 
   Raises:
-    UserError: a name that is taken.
+    UserError: a name that is taken by other values.
   """
-  if name in _PRESETS:
+  if _PRESETS.get(name, fields) != fields:
     raise UserError(f"router preset {name!r} exists already; choose another name")
   _PRESETS[name] = fields
 

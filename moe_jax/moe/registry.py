@@ -6,6 +6,7 @@ gives it a name that configs can use. The README shows one.
 
 import dataclasses
 import enum
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -121,17 +122,26 @@ _SELECTORS: dict[str, Selector] = {}
 def register_selection(name: str, **traits) -> Callable[[SelectFunction], SelectFunction]:
   """Returns a decorator that enters a function under `name`; traits as in `Selector`.
 
+  A file that is run or imported again replaces what it registered itself.
+
   Raises:
     UserError: a name that is taken.
   """
-  if name in _SELECTORS:
-    raise UserError(f"selection {name!r} is registered already; choose another name")
 
   def register(function: SelectFunction) -> SelectFunction:
+    if name in _SELECTORS and _origin(_SELECTORS[name].function) != _origin(function):
+      raise UserError(f"selection {name!r} is registered already; choose another name")
     _SELECTORS[name] = Selector(function, **traits)
     return function
 
   return register
+
+
+def _origin(function: SelectFunction) -> object:
+  """Returns what tells one function of the source from another, whatever runs the file."""
+  code = getattr(function, "__code__", None)
+  # A file that is run by its relative path and one that is imported are the same.
+  return function if code is None else (os.path.abspath(code.co_filename), code.co_qualname)
 
 
 def get_selector(name: str) -> Selector:
@@ -141,7 +151,10 @@ def get_selector(name: str) -> Selector:
     UserError: an unknown name, naming the nearest one.
   """
   if name not in _SELECTORS:
-    raise UserError(f"selection = {name} does not exist; {did_you_mean(name, _SELECTORS)}")
+    raise UserError(
+      f"selection = {name} does not exist; {did_you_mean(name, _SELECTORS)} (one of your own needs"
+      " the module that registers it in config.imports)"
+    )
   return _SELECTORS[name]
 
 

@@ -1,4 +1,4 @@
-"""The router's parameters: linear maps from token to expert logits, in float32, and its state."""
+"""The router's parameters, in float32: maps from token to expert logits; and its state."""
 
 import enum
 
@@ -8,7 +8,7 @@ from flax import nnx
 
 from moe_jax.layers.parameters import parameter, with_axes
 from moe_jax.moe.config import RoutingConfig
-from moe_jax.moe.options import BiasUpdate, Noise
+from moe_jax.moe.options import BiasUpdate, Noise, Projection
 
 
 class RouterInit(enum.StrEnum):
@@ -19,11 +19,14 @@ class RouterInit(enum.StrEnum):
 
 
 class RouterState(nnx.Variable):
-  """What training updates by rule and not by gradient: selection bias, adaptive loss scale."""
+  """What no gradient reaches: selection bias, adaptive loss scale, table of experts by token id.
+
+  Training updates the first two by rule, and makes the table before its first step.
+  """
 
 
 class Router(nnx.Module):
-  """Router logits x W in float32, matmul included, whatever the activations' dtype.
+  """Router logits in float32, matmul included, whatever the activations' dtype; see `Projection`.
 
   `jitter` multiplies the router's input alone by uniform noise in [1 - jitter, 1 + jitter] in
   training (Switch, arXiv 2101.03961 section 2.4). `init` orthogonal starts experts as far from
@@ -31,11 +34,17 @@ class Router(nnx.Module):
 
   Attributes:
     kernel: (D, E') parameter; E' = `config.num_logits`.
+    logit_bias: (E') parameter of `projection = affine`, zeros at first. Unlike `bias` it has a
+      gradient, and is part of the logits.
+    logit_scale: float32 scalar parameter of `projection = normalized`, 1 at first.
     noise_kernel: (D, E') parameter of `noise = learned`, zeros at first (arXiv 1701.06538
       appendix A).
     bias: (E') float32 `RouterState`, the selection bias, if `bias_update` asks for one.
     balance_scale: float32 scalar `RouterState`, the factor of the balance loss's coefficient, if
       `adaptive_target` is set.
+    table: (V,) int32 `RouterState`, the expert of each token id, with `selection = table` and a
+      `vocab_size`. At first every expert has about as many ids, at random; a run replaces that by
+      tables balanced by frequency (`moe_jax.training.tables`).
   """
 
   def __init__(
@@ -47,6 +56,7 @@ class Router(nnx.Module):
     scale: float,
     jitter: float = 0.0,
     init: RouterInit = RouterInit.NORMAL,
+    vocab_size: int | None = None,
   ):
     self.jitter = jitter
     shape, axes = (model_dim, config.num_logits), ("embed", "router")
@@ -55,12 +65,20 @@ class Router(nnx.Module):
       self.kernel = with_axes(orthogonal(key, shape, jnp.float32), axes)
     else:
       self.kernel = parameter(key, shape, axes, fan_in=model_dim, scale=scale)
+    self.projection = config.projection
+    if config.projection == Projection.AFFINE:
+      self.logit_bias = with_axes(jnp.zeros(shape[1:], jnp.float32), ("router",))
+    if config.projection == Projection.NORMALIZED:
+      self.logit_scale = with_axes(jnp.ones((), jnp.float32), ())
     if config.noise == Noise.LEARNED:
       self.noise_kernel = with_axes(jnp.zeros(shape, jnp.float32), axes)
     if config.bias_update != BiasUpdate.NONE:
       self.bias = RouterState(jnp.zeros(shape[1:], jnp.float32), axes=("router",))
     if config.adaptive_target is not None:
       self.balance_scale = RouterState(jnp.ones((), jnp.float32), axes=())
+    if config.selection == "table" and vocab_size is not None:
+      shuffled = jax.random.permutation(jax.random.fold_in(key, 1), vocab_size)
+      self.table = RouterState(shuffled.astype(jnp.int32) % config.num_experts, axes=("vocab",))
 
   def __call__(
     self, x: jax.Array, *, key: jax.Array | None = None
@@ -75,10 +93,29 @@ class Router(nnx.Module):
     noise_std = None
     if hasattr(self, "noise_kernel"):
       # Softplus underflows to 0 for very negative inputs, and the load loss divides by it.
-      noise_std = jax.nn.softplus(_product(x, self.noise_kernel)) + 1e-2
-    return _product(x, self.kernel), noise_std
+      noise_std = jax.nn.softplus(_product(x, self.noise_kernel[...])) + 1e-2
+    return self._project(x), noise_std
+
+  def _project(self, x: jax.Array) -> jax.Array:
+    match self.projection:
+      case Projection.AFFINE:
+        return _product(x, self.kernel[...]) + self.logit_bias[...].reshape(1, 1, -1)
+      case Projection.NORMALIZED:
+        kernel = self.logit_scale[...] * l2_normalize(self.kernel[...], axis=0)
+        return _product(l2_normalize(x, axis=-1), kernel)
+      case _:
+        return _product(x, self.kernel[...])
 
 
-def _product(x: jax.Array, kernel: nnx.Param) -> jax.Array:
+def l2_normalize(x: jax.Array, axis: int) -> jax.Array:
+  """Divides vectors along an axis by their length sqrt(sum x^2 + 1e-6), in float32.
+
+  The small term is that of the authors' code (google-research/vmoe); it keeps a vector of zeros, as
+  padding may be, and its gradient finite.
+  """
+  return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=axis, keepdims=True) + 1e-6)
+
+
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
   # The default float32 product on TPU runs bfloat16 passes.
-  return jnp.matmul(x, kernel[...], precision=jax.lax.Precision.HIGHEST)
+  return jnp.matmul(x, kernel, precision=jax.lax.Precision.HIGHEST)

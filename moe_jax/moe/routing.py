@@ -57,7 +57,8 @@ def route(
     noise_scale: (G, S, E') standard deviation of the noise, for `noise = learned`.
     bias: (E',) added to the scores for selection alone, if that ranks experts; it receives no
       gradient.
-    global_load: (E,), see `moe_jax.moe.losses.load_balance_loss`.
+    global_load: (E,), see `moe_jax.moe.losses.load_balance_loss`; with a communication loss (E +
+      num_expert_groups,), followed by `moe_jax.moe.device_losses.device_fraction`.
     key: in training, for whatever the config draws: used as it is by a single stage that draws,
       split in the order noise, selection, placement where several do.
     train: picks the train or eval capacity factor; outside training nothing is random.
@@ -131,14 +132,15 @@ def _token_plan(call: Call, chosen: TokenChoice, key: jax.Array | None) -> Routi
   asked = chosen.used & view.mask[..., None]
   real, null = asked & (chosen.expert < E), asked & (chosen.expert >= E)
   score = jnp.take_along_axis(view.scores, chosen.expert, axis=-1)
+  wished = _weigh(view, chosen, chosen.expert, asked, config)
+  order = wished if config.priority == Priority.WEIGHT else score
   best = jnp.max(view.scores, axis=-1)
   placed = placement.place(
-    chosen.expert, real, view.ranking, score, best, config, capacity=view.capacity, key=key
+    chosen.expert, real, view.ranking, order, best, config, capacity=view.capacity, key=key
   )
   weight = _weigh(view, chosen, placed.expert, placed.kept | null, config)
   token = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32)[:, None], (G, S, K))
   columns = token, placed.expert, placed.slot, jnp.where(null, 0.0, weight), placed.kept
-  wished = _weigh(view, chosen, chosen.expert, asked, config)
   asks = asks_of_tokens(chosen.expert, real, placed, wished, E)
   return RoutingPlan(
     *(a.reshape(G, S * K) for a in columns),

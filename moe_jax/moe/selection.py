@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from moe_jax.moe.config import RoutingConfig
 from moe_jax.moe.registry import SelectView, TokenChoice, register_selection
 from moe_jax.moe.scores import by_expert_group
+from moe_jax.moe.segments import segment_runs
 
 
 def ask(expert_GSK: jax.Array) -> TokenChoice:
@@ -110,21 +111,37 @@ def hierarchical(view: SelectView, config: RoutingConfig) -> TokenChoice:
 def hash_ids(view: SelectView, config: RoutingConfig) -> TokenChoice:
   """Selects by the token's id, whatever the router says (hash layers, arXiv 2106.04426).
 
-  `hash_ngram` = 1 hashes the id, 2 also the id before it in the group, and so on; positions before
-  the start count as id 0. The K choices are K consecutive experts from the hashed one on. For a
-  table balanced by frequency, pass `moe_jax.moe.hashing.balanced_table(...)[token_ids]` with
-  `selection = table`.
+  `hash_ngram` = 1 hashes the id, 2 also the id before it, and so on; what stands before the first
+  token of the sequence (of the group, without `segment_ids`) and padding count as id 0. The K
+  choices are K consecutive experts from the hashed one on. `table` balances by frequency.
   """
   hashed_GS = jnp.full(view.token_ids.shape, config.hash_seed, jnp.uint32)
   for back in range(config.hash_ngram):
-    shifted = jnp.pad(view.token_ids, ((0, 0), (back, 0)))[:, : view.token_ids.shape[1]]
-    hashed_GS = mix_bits(hashed_GS ^ mix_bits(shifted.astype(jnp.uint32) + 1))
+    hashed_GS = mix_bits(hashed_GS ^ mix_bits(_ids_before(view, back).astype(jnp.uint32) + 1))
   return _consecutive((hashed_GS % config.num_experts).astype(jnp.int32), config)
+
+
+def _ids_before(view: SelectView, back: int) -> jax.Array:
+  """Returns (G, S) the id `back` tokens earlier in the sequence, 0 where there is none."""
+
+  def shifted(a_GS):
+    return jnp.pad(a_GS, ((0, 0), (back, 0)))[:, : a_GS.shape[1]]
+
+  there_GS = shifted(view.mask)
+  if view.segment_ids is not None:
+    # Packed documents may share an id that comes back later in the row; their runs differ.
+    run_GS = segment_runs(view.segment_ids)
+    there_GS &= shifted(run_GS) == run_GS
+  return jnp.where(there_GS, shifted(view.token_ids), 0)
 
 
 @register_selection("table", learned=False, needs_token_ids=True)
 def table(view: SelectView, config: RoutingConfig) -> TokenChoice:
-  """Takes `token_ids` as the expert ids themselves, as looked up in a table of one's own."""
+  """Takes `token_ids` as the expert ids themselves, as looked up in a table.
+
+  A model has that table, see `moe_jax.moe.router.Router`; `moe_jax.moe.hashing.balanced_table`
+  makes one.
+  """
   return _consecutive(view.token_ids.astype(jnp.int32) % config.num_experts, config)
 
 

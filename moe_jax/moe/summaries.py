@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moe_jax.moe import losses, scores
+from moe_jax.moe import device_losses, losses, scores
 from moe_jax.moe.balance import quantile_bias
 from moe_jax.moe.config import RoutingConfig
 from moe_jax.moe.metrics import routing_metrics
@@ -29,7 +29,7 @@ class Call:
     config: the router.
     logits: (G, S, E') float32 without noise.
     noise_std: (G, S, E') float32 of normal noise, or None.
-    global_load: (E,) or None.
+    global_load: (num_load_fractions,) or None.
   """
 
   view: SelectView
@@ -64,10 +64,14 @@ class Asks:
 
   def counted(self, config: RoutingConfig) -> jax.Array:
     """Returns what the balance loss counts in f."""
-    dispatched = config.balance_source == BalanceSource.DISPATCH
     if config.balance_fraction == BalanceFraction.FIRST_CHOICE:
+      dispatched = config.balance_source == BalanceSource.DISPATCH
       return self.first_kept if dispatched else self.first_asked
-    return self.kept if dispatched else self.asked
+    return self.all_choices(config)
+
+  def all_choices(self, config: RoutingConfig) -> jax.Array:
+    """Returns what the communication loss counts."""
+    return self.kept if config.balance_source == BalanceSource.DISPATCH else self.asked
 
 
 def asks_of_tokens(
@@ -104,23 +108,29 @@ def asks_of_experts(
 def losses_of(call: Call, asks: Asks) -> dict[str, jax.Array]:
   """Returns the losses of `moe_jax.moe.losses` by name, not yet multiplied by coefficients.
 
-  `load` is there only where normal noise was drawn.
+  `load` is there only where normal noise was drawn, the losses over devices where they count.
   """
-  config, view = call.config, call.view
+  config, view, given = call.config, call.view, call.global_load
+  load = None if given is None else given[: config.num_experts]
+  probs, counted, more = call.probs, asks.counted(config), {"segment_ids": view.segment_ids}
   values = {
     "load_balance": losses.load_balance_loss(
-      call.probs,
-      asks.counted(config),
-      view.mask,
-      config,
-      segment_ids=view.segment_ids,
-      global_load=call.global_load,
+      probs, counted, view.mask, config, global_load=load, **more
     ),
     "router_z": losses.router_z_loss(call.logits, view.mask, config.loss_padding),
     "importance": losses.importance_loss(_importance(call, asks), config),
   }
   if config.load_loss_weight and call.noise_std is not None:
     values["load"] = losses.load_loss(call.logits, view.logits, call.noise_std, view.mask, config)
+  if config.device_loss_weight:
+    values["device_balance"] = device_losses.device_balance_loss(
+      probs, counted, view.mask, config, global_load=load, **more
+    )
+  if config.communication_loss_weight:
+    sent = None if given is None else given[config.num_experts :]
+    values["communication"] = device_losses.communication_loss(
+      probs, asks.all_choices(config), view.mask, config, global_load=sent, **more
+    )
   return values
 
 
@@ -134,14 +144,23 @@ def _importance(call: Call, asks: Asks) -> jax.Array:
 def metrics_of(call: Call, asks: Asks) -> dict[str, jax.Array]:
   """Returns the metrics of `moe_jax.moe.metrics`, and what balancing over a step collects.
 
-  `balance_load` (E,): f of the call, with `balance_scope = global_batch`. `bias_target` (E,): see
-  `quantile_bias`, in training with `bias_update = quantile`.
+  `balance_load` (num_load_fractions,): f of the call, with `balance_scope = global_batch`.
+  `bias_target` (E,): see `quantile_bias`, in training with `bias_update = quantile`.
   """
   view, config = call.view, call.config
   metrics = routing_metrics(call.probs, asks.asked, asks.kept, view.mask, view.capacity, config)
   if config.balance_scope == BalanceScope.GLOBAL_BATCH:
-    metrics["balance_load"] = losses.balance_fraction(asks.counted(config), view.mask, config)
+    metrics["balance_load"] = _load_fractions(asks, view.mask, config)
   if config.bias_update == BiasUpdate.QUANTILE and view.train:
     asked = metrics["assignments"]
     metrics["bias_target"] = quantile_bias(view.scores, view.ranking, view.mask, asked, config)
   return metrics
+
+
+def _load_fractions(asks: Asks, mask: jax.Array, config: RoutingConfig) -> jax.Array:
+  """Returns (num_load_fractions,): f of experts, and of devices where their f is read."""
+  f = losses.balance_fraction(asks.counted(config), mask, config)
+  if not config.communication_loss_weight:
+    return f
+  sent = device_losses.device_fraction(asks.all_choices(config), mask, config)
+  return jnp.concatenate([f, sent])

@@ -7,6 +7,7 @@ import math
 import jax
 from flax import nnx
 
+from moe_jax.layers.parameters import is_elementwise
 from moe_jax.models import Decoder, ModelConfig
 
 
@@ -19,7 +20,8 @@ class ParameterCount:
     active: all but the experts a token does not visit; embedding and head included. A block that
       only some tokens take counts by the fraction of them, rounded to whole parameters.
     routed_experts: those of routed experts.
-    matmul_active: active parameters that multiply activations (no embedding look-up, no norms).
+    matmul_active: active parameters that multiply activations (no embedding look-up, no norms, no
+      biases).
   """
 
   total: int
@@ -40,7 +42,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     total += size
     routed += size if "expert" in axes else 0
     active += size * visits
-    multiplied += 0 if axes[-1] == "norm" else size * visits
+    multiplied += 0 if is_elementwise(axes) else size * visits
   if not config.tie_embeddings:
     multiplied -= config.vocab_size * config.model_dim
   return ParameterCount(total, round(active), routed, round(multiplied))

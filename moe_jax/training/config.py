@@ -5,7 +5,7 @@ import enum
 from typing import Any
 
 from moe_jax.choices import as_choice
-from moe_jax.config import dataclass_from, section
+from moe_jax.config import dataclass_from, import_modules, section
 from moe_jax.data.config import DataConfig
 from moe_jax.data.tokenizers import get_tokenizer
 from moe_jax.errors import UserError
@@ -179,6 +179,9 @@ class ExperimentConfig:
       a microbatch (but see `BalanceScope.GLOBAL_BATCH`); the language-model loss, the selection
       bias and the adaptive coefficient see the whole batch.
     repair: of experts that the router has given up.
+    imports: modules imported before the rest of the config is read; they register selections (see
+      `moe_jax.moe.register_selection`). Whoever reads a run imports them too, so read only runs
+      that you trust.
   """
 
   model: ModelConfig
@@ -194,6 +197,7 @@ class ExperimentConfig:
   steps: int = 1000
   batch_size: int = 16
   accumulation_steps: int = 1
+  imports: tuple[str, ...] = ()
 
   def __post_init__(self):
     _at_least(self, 0, "seed")
@@ -232,12 +236,14 @@ def experiment_from(mapping: Any) -> ExperimentConfig:
   """Builds an experiment from a config file's mapping.
 
   The mapping keeps `moe` beside `model`, and leaves the vocabulary to the tokenizer; here both
-  join the model.
+  join the model. The modules of `imports` are imported first.
 
   Raises:
-    UserError: see `dataclass_from`; paths are those of the file, such as config.moe.top_k.
+    UserError: see `import_modules` and `dataclass_from`; paths are those of the file, such as
+      config.moe.top_k.
   """
   sections = section(mapping, "config")
+  import_modules(sections)
   data = dataclass_from(DataConfig, sections.get("data", {}), "config.data")
   moe = sections.pop("moe", None)
   model = section(sections.get("model", {}), "config.model")

@@ -19,6 +19,7 @@ from moe_jax.training.evaluate import Evaluator
 from moe_jax.training.optimizer import make_optimizer
 from moe_jax.training.state import TrainState, abstract_state, init_state
 from moe_jax.training.step import make_train_step
+from moe_jax.training.tables import fill_tables
 from moe_jax.training.writers import Progress, check_rows, open_writers
 
 
@@ -47,7 +48,11 @@ def run_steps(
 
   with contextlib.ExitStack() as stack:
     checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint))
-    state, first, earlier = _restore_or_init(config, optimizer, checkpoints, batches, identity)
+    state, first, earlier = _restore(config, optimizer, checkpoints, batches, identity)
+    if state is None:
+      state = fill_tables(
+        init_state(config.model, optimizer, config.seed, config.repair), config.model, data.train
+      )
     check_rows(workdir, first, (s for s in range(1, first + 1) if _is_logged(s, config)))
     writers = [
       stack.enter_context(contextlib.closing(w)) for w in open_writers(config.log, workdir, first)
@@ -115,11 +120,11 @@ class _Clock:
     self._step, self._time = step, time.monotonic()
 
 
-def _restore_or_init(config, optimizer, checkpoints, batches, identity):
-  """Returns (state, steps done, seconds they took)."""
+def _restore(config, optimizer, checkpoints, batches, identity):
+  """Returns (state, steps done, seconds they took); the state is None without a checkpoint."""
   step = checkpoints.latest_step()
   if step is None:
-    return init_state(config.model, optimizer, config.seed, config.repair), 0, 0.0
+    return None, 0, 0.0
   template = abstract_state(config.model, optimizer, config.repair)
   state, place = checkpoints.restore(step, template)
   try:

@@ -4,11 +4,8 @@ import jax
 import optax
 from flax import nnx
 
-from moe_jax.layers.parameters import logical_axes
+from moe_jax.layers.parameters import is_elementwise, logical_axes
 from moe_jax.training.config import OptimizerConfig
-
-# Parameters with one of these axes are scales or biases: decay would pull them to a wrong zero.
-_NOT_DECAYED = frozenset({"norm", "bias"})
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -38,9 +35,12 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def decayed(params: nnx.State) -> nnx.State:
-  """Returns the tree of booleans: which parameters weight decay acts on."""
+  """Returns the tree of booleans: which parameters weight decay acts on.
+
+  Not scales and biases: decay would pull them to a wrong zero.
+  """
   return jax.tree.map(
-    lambda axes: not _NOT_DECAYED & set(axes),
+    lambda axes: not is_elementwise(axes),
     logical_axes(params),
     is_leaf=lambda axes: isinstance(axes, tuple),
   )

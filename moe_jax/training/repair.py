@@ -82,7 +82,9 @@ def _arrays_of_experts(params: Flat, stack: MoEStack) -> Flat:
   return {
     path: variable
     for path, variable in params.items()
-    if path[:depth] == stack.path and path[depth] in ("experts", "router")
+    if path[:depth] == stack.path
+    and path[depth] in ("experts", "router")
+    and {"expert", "router"} & set(variable.get_metadata()["axes"])
   }
 
 

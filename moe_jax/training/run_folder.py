@@ -16,7 +16,7 @@ SUMMARY_FILE = "summary.json"
 _LOCK_FILE = ".lock"
 _REMAKE_SUMMARY = "delete that file and train again to have it made anew"
 # Sections and fields of a config that change nothing a run has written or will write.
-_NO_CONTENTS = ("report", "checkpoint", "data.data_dir", "log.tensorboard")
+_NO_CONTENTS = ("report", "checkpoint", "imports", "data.data_dir", "log.tensorboard")
 # What a run that was killed before its config was in place leaves.
 _BEFORE_CONFIG = frozenset({_LOCK_FILE, CONFIG_FILE + ".tmp"})
 
@@ -140,7 +140,8 @@ def _damaged(path: Path, reason: Any, remedy: str) -> UserError:
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
   """Returns what decides the contents of a run: its metrics, parameters, summary.
 
-  Where its data and checkpoints lie, how many are kept, and how it is shown are not among them.
+  Where its data, checkpoints and modules lie, how many are kept, and how it is shown are not
+  among them.
   Which steps are logged and which text is sampled are: one file cannot hold two answers.
   """
   identity = _as_json(config)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from flax import nnx
 
+from moe_jax.config import import_modules
 from moe_jax.errors import UserError
 from moe_jax.training.checkpoint import restore_model
 from moe_jax.training.config import ExperimentConfig, experiment_from
@@ -18,9 +19,14 @@ def load_run(workdir: Path, step: int | None = None) -> tuple[ExperimentConfig, 
   With `model_graph(config.model)` the variables, parameters and router state, make a model.
 
   Raises:
-    UserError: the folder is no run's, has no such checkpoint, or is damaged.
+    UserError: the folder is no run's, has no such checkpoint, or is damaged, or a module of its
+      `imports` cannot be imported.
   """
   mapping = read_config(workdir)
+  try:
+    import_modules(mapping)
+  except UserError as error:
+    raise UserError(f"{workdir / CONFIG_FILE}: {error}") from error
   try:
     config = experiment_from(mapping)
   except UserError as error:

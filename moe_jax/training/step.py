@@ -29,6 +29,8 @@ _LOSS_NAMES = {
   "router_z": "z_loss",
   "importance": "moe/importance_loss",
   "load": "moe/load_loss",
+  "device_balance": "moe/device_balance_loss",
+  "communication": "moe/communication_loss",
 }
 # Logged whatever their coefficients are: they tell how a router does that is balanced otherwise.
 _ALWAYS_LOGGED = frozenset({"load_balance", "router_z"})
@@ -141,11 +143,13 @@ def _needs_global_load(config: ExperimentConfig) -> bool:
   if config.model.moe is None or config.accumulation_steps == 1:
     return False
   routing = config.model.moe.routing
-  return routing.balance_scope == BalanceScope.GLOBAL_BATCH and routing.balance_loss_weight > 0
+  weights = loss_weights(routing)
+  reads = any(weights[name] for name in ("load_balance", "device_balance", "communication"))
+  return routing.balance_scope == BalanceScope.GLOBAL_BATCH and reads
 
 
 def _global_load(graph: nnx.GraphDef, state: TrainState, parts: Microbatches) -> jax.Array:
-  """Returns (MoE layers, E) float32, the load fraction f of the whole step (arXiv 2501.11873).
+  """Returns (MoE layers, num_load_fractions) float32, f of the whole step (arXiv 2501.11873).
 
   A forward pass of its own over all microbatches, with the random numbers of the one that
   follows: the price of f being known before the first gradient.

@@ -17,7 +17,7 @@ LEAK_THE_FUTURE = {
   "expert_choice": "selection = expert_choice",
   "soft_moe": "selection = soft",
   "deepspeed_moe": "priority = random",
-  "megatron": "priority = probability",
+  "megatron": "priority = weight",
   # Two choices, choice-major, drops.
   "glam": "drop_order = choice_major",
   "gshard": "drop_order = choice_major",

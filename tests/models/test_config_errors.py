@@ -10,6 +10,7 @@ from moe_jax.errors import UserError
 from moe_jax.layers.attention_config import AttentionConfig
 from moe_jax.layers.mlp import Activation, FeedForwardConfig
 from moe_jax.models import ModelConfig, Remat
+from moe_jax.models.depth_config import DepthConfig
 from moe_jax.moe import Dispatch, MoEConfig
 
 
@@ -42,6 +43,15 @@ REFUSED = [
   (tiny_config, dict(segments=(("attention:mo", 2),)), "'attention:mo' .* mean attention:moe"),
   (tiny_config, dict(segments=(("atention:dense", 2),)), "did you mean attention:dense"),
   (tiny_config, dict(segments=(("attention", 2),)), "'attention' is not one of attention:dense"),
+  (
+    tiny_config,
+    dict(
+      segments=(("attention:moe:depth", 1),),
+      depth=DepthConfig(),
+      routing=dict(selection="hash", hash_ngram=2),
+    ),
+    "hash_ngram = 2 .* must be 1 in a 'moe:depth' block",
+  ),
   (attention, dict(num_heads=0), "num_heads = 0 .* at least 1"),
   (attention, dict(num_kv_heads=0), "num_kv_heads = 0 .* at least 1"),
   (attention, dict(num_kv_heads=4), "4 does not divide num_heads = 6; the nearest that does is 3"),

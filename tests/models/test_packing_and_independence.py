@@ -15,6 +15,7 @@ CHANGED = 1e-3
 ROUTERS = {
   "gather": tiny_config(),
   "ragged": tiny_config(moe=dict(dispatch="ragged")),
+  "hash": tiny_config(routing=dict(selection="hash", hash_ngram=2, top_k=1, weighting="raw")),
 }
 every_router = pytest.mark.parametrize("config", ROUTERS.values(), ids=ROUTERS.keys())
 CONFIG = ROUTERS["gather"]

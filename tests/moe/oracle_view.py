@@ -162,6 +162,7 @@ def expected_losses(
 ) -> dict:
   """Returns the losses by the names of the plan."""
   padding, width = str(config.loss_padding), config.num_experts
+  loads = (None, None) if global_load is None else (global_load[:width], global_load[width:])
   balance = losses.load_balance_loss(
     np.stack([group.probabilities for group in groups]),
     counted_of(groups, config),
@@ -170,7 +171,7 @@ def expected_losses(
     padding=padding,
     token_mask=mask,
     segment_ids=segment_ids,
-    global_load=global_load,
+    global_load=loads[0],
   )
   if config.balance_fraction == BalanceFraction.ALL_CHOICES_MEAN:
     given = config.balance_scope == BalanceScope.GLOBAL_BATCH and global_load is not None
@@ -193,6 +194,35 @@ def expected_losses(
       exclude_self=config.load_threshold == LoadThreshold.EXCLUDE_SELF,
       per_group=per_group,
       token_mask=mask,
+    )
+  pooling = dict(
+    scope=str(config.balance_scope), padding=padding, token_mask=mask, segment_ids=segment_ids
+  )
+  return values | losses_over_devices(groups, config, loads, pooling)
+
+
+def losses_over_devices(groups, config: RoutingConfig, loads, pooling) -> dict:
+  """Returns the losses over devices that count, by the names of the plan."""
+  probs, D = np.stack([group.probabilities for group in groups]), config.num_expert_groups
+  given = config.balance_scope == BalanceScope.GLOBAL_BATCH and loads[0] is not None
+  of_experts, of_devices = loads if given else (None, None)
+  values = {}
+  if config.device_loss_weight:
+    counted = counted_of(groups, config)
+    value = losses.device_balance_loss(
+      probs, counted, num_devices=D, global_load=of_experts, **pooling
+    )
+    mean = config.balance_fraction == BalanceFraction.ALL_CHOICES_MEAN and not given
+    values["device_balance"] = value / (config.top_k if mean else 1)
+  if config.communication_loss_weight:
+    every = dataclasses.replace(config, balance_fraction="all_choices")
+    values["communication"] = losses.communication_loss(
+      probs,
+      counted_of(groups, every),
+      num_devices=D,
+      max_devices=config.top_expert_groups,
+      global_load=of_devices,
+      **pooling,
     )
   return values
 

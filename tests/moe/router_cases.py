@@ -15,10 +15,12 @@ B, L = 2, 6
 
 # E and K: nothing to choose (E = 1), one choice, all experts, an E that nothing divides.
 SIZES = ((1, 1), (5, 1), (5, 5), (6, 2), (6, 4), (7, 3))
+# The losses over devices, which are groups of experts.
+OVER_DEVICES = {"device_loss_weight": 0.05, "communication_loss_weight": 0.02}
 # Limits of what a token may ask, as fields of the config.
 LIMITS = {
   "none": {},
-  "groups_max": {"num_expert_groups": 3, "top_expert_groups": 2},
+  "groups_max": {"num_expert_groups": 3, "top_expert_groups": 2, **OVER_DEVICES},
   "groups_top2": {"num_expert_groups": 3, "top_expert_groups": 2, "group_score": "top2_sum"},
   "null_zero": {"num_null_experts": 2},
   "null_identity": {"num_null_experts": 1, "null_expert": "identity"},
@@ -52,7 +54,7 @@ FACTORS = {
   "weight_norm_order": (1.0, 2.0),
   "weight_scale": (1.0, 2.5),
   "drop_order": ("choice_major", "token_major"),
-  "priority": ("position", "max_score", "sum_score", "probability", "random"),
+  "priority": ("position", "max_score", "sum_score", "probability", "weight", "random"),
   "overflow": ("drop", "reroute", "dropless"),
   "reroute_attempts": (1, 3),
   "capacity_convention": ("per_token", "per_assignment"),
@@ -102,6 +104,9 @@ def allowed(row) -> bool:
   # Softmax scores of all experts sum to 1 for every token, up to rounding.
   full = config.top_k == config.num_experts > 1 or config.selection == "positive"
   if config.priority == "sum_score" and config.score == "softmax" and full:
+    return False
+  # A norm over one choice gives 1, up to rounding.
+  if config.priority == "weight" and config.weight_norm_order != 1.0:
     return False
   # sqrt(softplus) is positive, however small; no float shows it.
   return config.selection != "positive" or config.score != "sqrt_softplus"
@@ -208,7 +213,9 @@ def grouped_case(config: RoutingConfig, kind: str, mask, key, *, train: bool, le
     if config.bias_update != "none":
       more["bias"] = np.random.default_rng(seed).normal(size=shape[-1:]).astype(np.float32) / 3
     if config.balance_scope == "global_batch":
-      more["global_load"] = np.random.default_rng(seed).random(config.num_experts, np.float32)
+      more["global_load"] = np.random.default_rng(seed).random(
+        config.num_load_fractions, np.float32
+      )
     expected = expect(logits, config, mask=grouped_mask, key=key, train=train, **more)
     if expected.margin > ROUTING_MARGIN:
       return logits, grouped_mask, more, expected

@@ -90,6 +90,7 @@ def test_a_router_that_cannot_be_is_refused(fields, value, remedy):
 @pytest.mark.parametrize(
   ("name", "value", "nearest"),
   [
+    ("projection", "normalised", "normalized"),
     ("score", "soft_max", "softmax"),
     ("noise", "gauss", "gaussian"),
     ("granularity", "sequence", "segment"),
@@ -123,7 +124,7 @@ def test_an_unknown_selection_names_the_nearest():
 
 
 def test_a_name_of_a_selection_is_taken_once():
-  text = message(register_selection, "top_k")
+  text = message(register_selection("top_k"), lambda view, config: None)
   assert "'top_k'" in text and "another name" in text
 
 

@@ -76,6 +76,13 @@ def expected_gradients(config, logits, noise_scale):
   return dict(zip(names, pairs, strict=True))
 
 
+# Two devices of two experts; a token may ask both of them.
+OVER_DEVICES = {
+  "num_expert_groups": 2,
+  "top_expert_groups": 2,
+  "device_loss_weight": 0.05,
+  "communication_loss_weight": 0.02,
+}
 CASES = {
   "switch": {},
   "batch": {"balance_fraction": "all_choices", "balance_scope": "batch", "score": "sigmoid"},
@@ -92,6 +99,22 @@ CASES = {
     "load_loss_weight": 0.1,
     "load_threshold": "include_self",
     "importance": "weights",
+  },
+  "devices": {
+    **OVER_DEVICES,
+    "balance_fraction": "all_choices_mean",
+    "balance_scope": "sequence",
+    "weighting": "renormalized",
+  },
+  "devices_dispatch": {
+    **OVER_DEVICES,
+    "balance_source": "dispatch",
+    "balance_fraction": "all_choices",
+    "balance_scope": "batch",
+    # Where every expert is full all devices get alike, and the gradient vanishes.
+    "capacity": 2,
+    "score": "sigmoid",
+    "loss_padding": "flaxformer",
   },
   "all_experts": {"noise": "learned", "load_loss_weight": 0.1, "top_k": E},
 }

@@ -128,6 +128,26 @@ def test_a_hash_of_two_tokens_reads_the_token_before():
   np.testing.assert_array_equal(hashed([[7]], hash_ngram=2), hashed([[0, 7]], hash_ngram=2)[:, 1:])
 
 
+def test_a_hash_of_several_tokens_stops_where_its_sequence_does():
+  ids = np.random.default_rng(0).integers(1, 1000, size=(1, 60)).astype(np.int32)
+  # The third document of the row has the id of the first again.
+  segments = np.repeat([[4, 7, 4]], 20, axis=1)
+  config = config_of(selection="hash", top_k=1, hash_ngram=3)
+  logits = np.zeros((1, 60, E), np.float32)
+  packed = experts_of(routed(logits, config, token_ids=ids, segment_ids=segments))
+  alone = hashed(ids.reshape(3, 20), hash_ngram=3)
+  np.testing.assert_array_equal(packed.reshape(alone.shape), alone)
+  assert np.any(hashed(ids, hash_ngram=3) != packed)
+
+
+def test_a_hash_of_several_tokens_does_not_read_padding():
+  ids = np.array([[8, 9, 5, 6, 7]], np.int32)
+  mask = np.array([[False, False, True, True, True]])
+  config = config_of(selection="hash", top_k=1, hash_ngram=3)
+  padded = experts_of(routed(np.zeros((1, 5, E), np.float32), config, mask=mask, token_ids=ids))
+  np.testing.assert_array_equal(padded[:, 2:], hashed(ids[:, 2:], hash_ngram=3))
+
+
 def test_a_table_names_the_experts_themselves():
   ids = np.array([[0, 5, 3, 7]], np.int32)
   config = config_of(selection="table", top_k=2)

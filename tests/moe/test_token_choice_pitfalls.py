@@ -209,3 +209,16 @@ def test_gradients_of_extreme_logits_are_finite(weighting, score):
 
   value, gradient = jax.jit(jax.value_and_grad(total))(logits)
   assert np.isfinite(value) and np.all(np.isfinite(gradient))
+
+
+@pytest.mark.parametrize(
+  ("priority", "winner"), [("position", 0), ("probability", 0), ("weight", 1)]
+)
+def test_the_weight_after_normalisation_is_another_order_than_the_probability(priority, winner):
+  # Both ask experts 0 and 1. Expert 0 has probability 0.50 and 0.28, weight 0.502 and 0.525.
+  logits = np.float32([[[3.0, 2.99, -9, -9, -9, -9], [2.0, 1.9, 1.8, 1.8, -9, -9]]])
+  config = config_of(weighting="softmax_selected", overflow="drop", capacity=1, priority=priority)
+  dispatched = np.asarray(routed(logits, config).dispatch_mask())[0, :, :, 0]
+  assert dispatched[winner, 0] and not dispatched[1 - winner, 0]
+  # Expert 1 keeps the first token by every order.
+  assert dispatched[0, 1] and not dispatched[1, 1]

@@ -68,6 +68,75 @@ def load_balance_loss(
   return sum(losses) / len(losses) if losses else 0.0
 
 
+def device_balance_loss(scores, selected, *, num_devices, global_load=None, **pooling):
+  """Return the device-level balance loss (arXiv 2405.04434 Eq. 26-28).
+
+  A device is a run of experts; f'_d is the mean of E f_e over a device's experts (E f_e / K is
+  the f of Eq. 24), P'_d the sum of P_e.
+
+  Args:
+    scores, selected: as in `load_balance_loss`, all of `selected` counted.
+    num_devices: D'.
+    global_load: (E,) in place of f, or None.
+    **pooling: scope, padding, token_mask and segment_ids, as there.
+  """
+  num_experts = np.shape(scores)[2]
+  size = num_experts // num_devices
+  losses = []
+  for real, divisor in counted_pools(np.shape(scores)[:2], **pooling):
+    f = [0.0] * num_experts
+    for group, token in real:
+      for expert in selected[group][token]:
+        f[expert] += 1.0 / divisor
+    f = f if global_load is None else global_load
+    P = mean_scores(scores, real, divisor)
+    loss = 0.0
+    for device in range(num_devices):
+      own = range(device * size, (device + 1) * size)
+      loss += sum(num_experts * f[e] for e in own) / size * sum(P[e] for e in own)
+    losses.append(loss)
+  return sum(losses) / len(losses) if losses else 0.0
+
+
+def communication_loss(scores, selected, *, num_devices, max_devices, global_load=None, **pooling):
+  """Return the communication balance loss (arXiv 2405.04434 Eq. 29-31).
+
+  f''_d = D' / (M T) times the tokens of which any of `selected` is on device d.
+
+  Args:
+    scores, selected, num_devices, **pooling: as in `device_balance_loss`.
+    max_devices: M.
+    global_load: (D',), the shares of tokens sent to each device / M, or None.
+  """
+  size = np.shape(scores)[2] // num_devices
+  losses = []
+  for real, divisor in counted_pools(np.shape(scores)[:2], **pooling):
+    sent = [0] * num_devices
+    for group, token in real:
+      for device in {expert // size for expert in selected[group][token]}:
+        sent[device] += 1
+    share = [count / (max_devices * divisor) for count in sent]
+    share = share if global_load is None else global_load
+    P = mean_scores(scores, real, divisor)
+    own = [sum(P[device * size : (device + 1) * size]) for device in range(num_devices)]
+    losses.append(num_devices * sum(f * p for f, p in zip(share, own, strict=True)))
+  return sum(losses) / len(losses) if losses else 0.0
+
+
+def counted_pools(shape, *, scope, padding, token_mask, segment_ids=None):
+  """Yield the real tokens and the divisor of every pool that has a loss."""
+  for tokens in pools(shape, scope, segment_ids):
+    real = [at for at in tokens if token_mask[at[0]][at[1]]]
+    if real or padding == "flaxformer":
+      yield real, len(real) if padding == "exclude" else len(tokens)
+
+
+def mean_scores(scores, real, divisor):
+  """Return P_e, the sum of the scores of real tokens over the divisor."""
+  num_experts = np.shape(scores)[2]
+  return [sum(float(scores[g][t][e]) for g, t in real) / divisor for e in range(num_experts)]
+
+
 def pools(shape, scope, segment_ids=None):
   """Return lists of (group, token) over which a loss is taken before the mean."""
   routing.check_option("scope", scope, ("group", "sequence", "batch", "global_batch"))

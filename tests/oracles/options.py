@@ -33,7 +33,7 @@ CHOICES = {
     "straight_through",
   ),
   "drop_order": ("choice_major", "token_major"),
-  "priority": ("position", "max_score", "sum_score", "probability", "random"),
+  "priority": ("position", "max_score", "sum_score", "probability", "weight", "random"),
 }
 
 

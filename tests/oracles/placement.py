@@ -9,9 +9,9 @@ from oracles import decisions
 def token_order(scores, chosen_scores, options, draws):
   """Return token ids in the order in which they are served.
 
-  "position" and "probability" are left to right; "max_score": the token with the largest best score
-  first; "sum_score": with the largest sum of its chosen scores; "random": by the draws, smallest
-  first, or left to right without any. Equal tokens go left to right.
+  "position", "probability" and "weight" are left to right; "max_score": the token with the largest
+  best score first; "sum_score": with the largest sum of its chosen scores; "random": by the draws,
+  smallest first, or left to right without any. Equal tokens go left to right.
   """
   if options.priority == "max_score":
     return decisions.best_first([max(row) for row in scores])
@@ -30,7 +30,7 @@ def serving_order(tokens, chosen_scores, options):
     pairs = [(token, choice) for choice in range(top_k) for token in tokens]
   else:
     pairs = [(token, choice) for token in tokens for choice in range(top_k)]
-  if options.priority == "probability":
+  if options.priority in ("probability", "weight"):
     values = [chosen_scores[token][choice] for token, choice in pairs]
     pairs = [pairs[index] for index in decisions.best_first(values)]
   return pairs

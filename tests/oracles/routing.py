@@ -115,7 +115,8 @@ def route_group(
   extra = options.num_null_experts
   num_experts = scores.shape[1] - extra
   ranking = [rank(row, bias, options) for row in scores]
-  view = View(options, num_experts, logits, scores, ranking, token_ids, select_draws)
+  ids = mask, token_ids, segment_ids
+  view = View(options, num_experts, logits, scores, ranking, *ids, select_draws)
   choose = SELECTIONS[options.selection]
   choices = [choose(view, token) if real else ([], []) for token, real in enumerate(mask)]
   placed = place_choices(choices, view, place_draws)
@@ -166,9 +167,20 @@ def place_choices(choices, view, draws):
     for token, (experts, _) in enumerate(choices)
   ]
   tokens = placement.token_order(view.scores, chosen_scores, options, draws)
+  if options.priority == "weight":
+    chosen_scores = weights_before_drops(choices, view, width)
   order = placement.serving_order(tokens, chosen_scores, options)
   ranked = [next_best(view, token, experts) for token, (experts, _) in enumerate(choices)]
   return placement.place(asks, order, ranked, options.capacity, options.reroute_attempts)
+
+
+def weights_before_drops(choices, view, width):
+  """Return for each token the weights that its choices would have without any drop."""
+  rows = []
+  for token, (experts, asked) in enumerate(choices):
+    arguments = (view.logits[token], view.scores[token], experts, asked, view.options)
+    rows.append(list(weights.weigh(*arguments)) if experts else [0.0] * width)
+  return rows
 
 
 def next_best(view, token, experts):

@@ -23,7 +23,8 @@ class View:
     logits: (S, E') noise included.
     scores: (S, E or more).
     ranking: (S, E or more): scores plus bias, -inf outside the token's expert groups.
-    token_ids: (S,) or None.
+    mask: (S,) True for a real token.
+    token_ids, segment_ids: (S,) or None.
     draws: numbers for the group: (S,) uniform for "random_second", (S, E') Gumbel for "sample", (S,
       E') uniform for "random"; None otherwise.
   """
@@ -33,7 +34,9 @@ class View:
   logits: object
   scores: object
   ranking: object
+  mask: object
   token_ids: object
+  segment_ids: object
   draws: object
 
 
@@ -112,12 +115,25 @@ def hierarchical(view, token):
 
 
 def hash_ids(view, token):
-  """Take K consecutive experts from the hash of the last token ids (arXiv 2106.04426)."""
+  """Take K consecutive experts from the hash of the last token ids (arXiv 2106.04426).
+
+  What stands before the sequence, and padding, counts as id 0.
+  """
   hashed = view.options.hash_seed
   for back in range(view.options.hash_ngram):
-    token_id = int(view.token_ids[token - back]) if token >= back else 0
+    earlier = token - back
+    known = same_sequence(view, earlier, token) and view.mask[earlier]
+    token_id = int(view.token_ids[earlier]) if known else 0
     hashed = mix_bits(hashed ^ mix_bits(token_id + 1))
   return consecutive(hashed, view)
+
+
+def same_sequence(view, earlier, token):
+  """Tell whether no segment begins between an earlier place and a token."""
+  if earlier < 0:
+    return False
+  ids = view.segment_ids
+  return ids is None or all(ids[place] == ids[token] for place in range(earlier, token))
 
 
 def table(view, token):

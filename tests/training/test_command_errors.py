@@ -83,6 +83,23 @@ def test_wrong_config_file_is_one_line(tmp_path, capsys, monkeypatch, config, fr
   assert not (tmp_path / "run").exists()
 
 
+def test_a_selection_that_only_the_config_file_knows_is_refused(tmp_path, capsys):
+  source = (tiny.ROOT / "configs/quickstart.py").read_text()
+  own = """
+from moe_jax.moe import register_selection
+@register_selection("of_a_config_file")
+def select(view, config):
+  pass
+"""
+  (tmp_path / "own.py").write_text(source + own)
+  words = ["train", f"--config={tmp_path / 'own.py'}", f"--workdir={tmp_path / 'run'}"]
+  assert main([*words, "--config.moe.selection=of_a_config_file"]) == 2
+  message = capsys.readouterr().err
+  assert "of_a_config_file is registered by the config file" in message
+  assert "config.imports" in message and message.count("\n") == 1
+  assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("make", ["file", "foreign", "damaged"])
 def test_unfit_workdir_is_refused_and_left_alone(tmp_path, capsys, make):
   workdir = tmp_path / "place"

@@ -17,19 +17,27 @@ from moe_jax.training.microbatches import cut, sum_over
 from moe_jax.training.state import abstract_state
 from moe_jax.training.step import make_train_step
 
+# Two devices of two experts; a token visits one.
+OVER_DEVICES = dict(
+  moe__num_expert_groups=2, moe__device_loss_weight=10.0, moe__communication_loss_weight=10.0
+)
 
-def test_global_balance_loss_does_not_depend_on_accumulation():
-  (whole, whole_metrics), (parts, metrics) = first_step(), first_step(**CUT)
+
+def test_global_balance_losses_do_not_depend_on_accumulation():
+  whole, whole_metrics = first_step(**OVER_DEVICES)
+  parts, metrics = first_step(**CUT | OVER_DEVICES)
   # The same float32 terms, added in another order.
   assert relative_error(router_gradient(parts), router_gradient(whole)) < 1e-5
-  for name in ("aux_loss", "z_loss", "loss", "grad_norm", "moe/router_confidence"):
+  names = ("aux_loss", "z_loss", "loss", "grad_norm", "moe/router_confidence")
+  for name in (*names, "moe/device_balance_loss", "moe/communication_loss"):
     assert relative_error(metrics[name], whole_metrics[name]) < 1e-5
   assert "moe/balance_load" not in metrics
 
 
 def test_balance_loss_of_a_microbatch_does():
-  parts, _ = first_step(**CUT | {"moe__balance_scope": "batch"})
-  assert relative_error(router_gradient(parts), router_gradient(first_step()[0])) > 1e-2
+  parts, _ = first_step(**CUT | OVER_DEVICES | {"moe__balance_scope": "batch"})
+  whole, _ = first_step(**OVER_DEVICES)
+  assert relative_error(router_gradient(parts), router_gradient(whole)) > 1e-2
 
 
 ROUTING = RoutingConfig(
@@ -95,7 +103,7 @@ def test_losses_are_logged_where_they_count():
   noisy = dict(moe__noise="gaussian", moe__load_loss_weight=0.1, moe__importance_loss_weight=0.1)
   own = {"moe/importance_loss", "moe/load_loss"}
   assert own <= names(**noisy)
-  assert not own & set(first_step()[1])
+  assert not own & set(first_step(**OVER_DEVICES)[1])
 
 
 def test_soft_moe_has_no_balance_loss_to_log():

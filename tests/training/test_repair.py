@@ -142,6 +142,26 @@ def test_all_other_parameters_and_moments_stay(trained):
         np.testing.assert_array_equal(old[path].get_value(), new[path].get_value())
 
 
+@pytest.mark.parametrize("projection", ["affine", "normalized"])
+def test_a_bias_of_logits_belongs_to_its_expert_and_a_scale_to_none(projection):
+  config = experiment(moe__projection=projection)
+  state, _ = compiled_step(config)
+  name = {"affine": "logit_bias", "normalized": "logit_scale"}[projection]
+  path, flat = (*LAYER, "router", name), dict(nnx.to_flat_state(state.params))
+  old = 1.0 + np.arange(flat[path].get_value().size, dtype=np.float32)
+  old = old.reshape(flat[path].get_value().shape)
+  flat[path] = flat[path].replace(jnp.asarray(old))
+  before = before_repair(dataclasses.replace(state, params=nnx.from_flat_state(flat.items())))
+  optimizer = make_optimizer(config.optimizer, config.steps)
+  after = jax.jit(lambda state: repair_cold_experts(state, optimizer, config))(before)
+  new = np.asarray(dict(nnx.to_flat_state(after.params))[path].get_value())
+  if projection == "affine":
+    # The hottest expert's bias is 4; the noise has a standard deviation of 0.2.
+    assert new[0, DEAD] != old[0, DEAD] and abs(new[0, DEAD] - 4.0) < 1.0
+    new[0, DEAD] = old[0, DEAD]
+  np.testing.assert_array_equal(new, old)
+
+
 def test_a_copy_is_the_hottest_expert_and_noise(trained):
   for new in of_experts(repair("copy")(before_repair(trained)).params):
     difference = new[0, DEAD] - new[0, 3]
