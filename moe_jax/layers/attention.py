@@ -11,7 +11,7 @@ from moe_jax.layers.attention_config import AttentionConfig, Positions, QKNorm
 from moe_jax.layers.attention_context import AttentionContext, Places, attention_mask
 from moe_jax.layers.dropout import dropout
 from moe_jax.layers.norms import RMSNorm, root_mean_square_norm
-from moe_jax.layers.parameters import parameter, with_axes
+from moe_jax.layers.parameters import like, parameter, with_axes
 from moe_jax.layers.relative_bias import relative_buckets
 from moe_jax.layers.rotary import apply_rotary, rotary_table
 
@@ -143,7 +143,7 @@ class Attention(nnx.Module):
     heads = attend(q, k, v, context.mask, scale=self.config.scale, bias_HBLM=bias, sinks_H=sinks)
     out = jnp.einsum("BLHK,HKD->BLD", heads, self.out[...].astype(x.dtype))
     if self.config.out_bias:
-      out += self.out_bias[...].astype(x.dtype)
+      out += like(self.out_bias[...], out)
     return dropout(out, self.dropout_rate, key), cache
 
   def _project(self, x: jax.Array, name: str) -> jax.Array:
@@ -151,7 +151,7 @@ class Attention(nnx.Module):
     c = self.config
     heads = jnp.einsum("BLD,DHK->BLHK", x, getattr(self, name)[...].astype(x.dtype))
     if c.qkv_bias:
-      heads += getattr(self, f"{name}_bias")[...].astype(x.dtype)
+      heads += like(getattr(self, f"{name}_bias")[...], heads)
     normed = name != "value"
     if c.qk_norm == QKNorm.PROJECTION and normed:
       together = heads.reshape(*heads.shape[:2], -1)

@@ -128,9 +128,11 @@ class AttentionConfig:
       "rope_scaling": None,
     }
     for name, default in unused.items():
-      if getattr(self, name) != default:
+      value = getattr(self, name)
+      if value != default:
+        shown = "a section" if dataclasses.is_dataclass(value) else value
         raise UserError(
-          f"{name} = {getattr(self, name)} would be ignored: positions = none has no rotation; use"
+          f"{name} = {shown} would be ignored: positions = none has no rotation; use"
           f" positions = rotary, or leave {name} out"
         )
 

@@ -13,7 +13,7 @@ from flax import nnx
 from moe_jax.choices import as_choice
 from moe_jax.errors import UserError
 from moe_jax.layers.dropout import dropout
-from moe_jax.layers.parameters import parameter, with_axes
+from moe_jax.layers.parameters import like, parameter, with_axes
 
 # (rows (..., D), weight, bias or None) -> rows (..., D')
 Product = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
@@ -93,7 +93,7 @@ class FeedForwardConfig:
 def affine(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
   """Returns x @ weight, plus the bias if there is one."""
   y = jnp.matmul(x, weight)
-  return y if bias is None else y + bias
+  return y if bias is None else y + like(bias, y)
 
 
 def feed_forward(

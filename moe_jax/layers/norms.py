@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.layers.parameters import with_axes
+from moe_jax.layers.parameters import like, with_axes
 
 
 class Norm(enum.StrEnum):
@@ -33,7 +33,7 @@ class RMSNorm(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Normalises x (..., D)."""
-    return root_mean_square_norm(x, self.epsilon) * _as_row(self.scale, x)
+    return root_mean_square_norm(x, self.epsilon) * like(self.scale[...], x)
 
 
 class LayerNorm(nnx.Module):
@@ -49,8 +49,8 @@ class LayerNorm(nnx.Module):
     """Normalises x (..., D)."""
     x32 = x.astype(jnp.float32)
     centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    y = root_mean_square_norm(centred, self.epsilon).astype(x.dtype) * _as_row(self.scale, x)
-    return y + _as_row(self.bias, x) if hasattr(self, "bias") else y
+    y = root_mean_square_norm(centred, self.epsilon).astype(x.dtype) * like(self.scale[...], x)
+    return y + like(self.bias[...], x) if hasattr(self, "bias") else y
 
 
 def make_norm(kind: Norm, dim: int, epsilon: float) -> RMSNorm | LayerNorm:
@@ -58,9 +58,3 @@ def make_norm(kind: Norm, dim: int, epsilon: float) -> RMSNorm | LayerNorm:
   if kind == Norm.RMSNORM:
     return RMSNorm(dim, epsilon)
   return LayerNorm(dim, epsilon, bias=kind == Norm.LAYERNORM)
-
-
-def _as_row(parameter: nnx.Param, x: jax.Array) -> jax.Array:
-  """Returns a parameter (D,) in the dtype of x and with as many axes."""
-  value = parameter[...].astype(x.dtype)
-  return value.reshape((1,) * (x.ndim - 1) + value.shape)

@@ -64,6 +64,11 @@ def with_axes(value: jax.Array, axes: tuple[str, ...]) -> nnx.Param:
   return nnx.Param(value, axes=axes)
 
 
+def like(value: jax.Array, x: jax.Array) -> jax.Array:
+  """Returns a value in the dtype of x, with axes of size 1 in front up to the rank of x."""
+  return value.astype(x.dtype).reshape((1,) * (x.ndim - value.ndim) + value.shape)
+
+
 def logical_axes(state: nnx.State) -> nnx.State:
   """Returns the tree of axis names, parallel to the parameters of `state`."""
   return jax.tree.map(

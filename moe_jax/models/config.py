@@ -143,7 +143,7 @@ class ModelConfig:
     for word, name in (MIXERS | FEED_FORWARDS).items():
       given = getattr(self, name) is not None
       if word in words and not given:
-        raise UserError(f"segments = {self.segments} has a {word} block but {name} is None")
+        raise UserError(f"segments = {self.segments} has {word} blocks but {name} is None")
       if given and word not in words:
         example = f"{word}:dense" if word in MIXERS else f"attention:{word}"
         raise UserError(

@@ -10,7 +10,7 @@ from moe_jax.errors import UserError
 from moe_jax.layers.attention_context import Places
 from moe_jax.layers.dropout import dropout, split_key
 from moe_jax.layers.norms import make_norm
-from moe_jax.layers.parameters import parameter, with_axes
+from moe_jax.layers.parameters import like, parameter, with_axes
 from moe_jax.models.config import DEPTH, ModelConfig
 from moe_jax.models.depths import DepthAux, DepthCache
 from moe_jax.models.mixers import empty_cache, mixer_contexts
@@ -208,7 +208,7 @@ class Decoder(nnx.Module):
     head = self.embedding[...].T if self.config.tie_embeddings else self.head[...]
     logits = jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
     if self.config.head_bias:
-      logits += self.head_bias[...]
+      logits += like(self.head_bias[...], logits)
     return logits / self.config.logits_divisor
 
   def _aux(self, records) -> ModelAux:

@@ -78,7 +78,7 @@ def test_refused_in_one_sentence(make, given, message):
 
 def test_a_moe_block_without_moe_is_refused():
   config = tiny_config()
-  with pytest.raises(UserError, match="has a moe block but moe is None"):
+  with pytest.raises(UserError, match="has moe blocks but moe is None"):
     ModelConfig(
       vocab_size=4,
       model_dim=8,

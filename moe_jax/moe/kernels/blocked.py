@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.layers.mlp import affine
+from moe_jax.layers.parameters import like
 from moe_jax.moe.moves import Moves, look_up
 from moe_jax.moe.options import WeightOn
 
@@ -121,7 +122,7 @@ def _weighed(network, weight_on, key, rows, scale, weights):
 
   def last_product(hidden, weight, bias=None):
     out = _scaled_matmul(hidden, weight, scale)
-    return out if bias is None else out + bias.astype(jnp.float32) * scale[:, None]
+    return out if bias is None else out + like(bias, out) * scale[:, None]
 
   return network(rows, weights, key, affine, last_product).astype(jnp.float32)
 
