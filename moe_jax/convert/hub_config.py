@@ -141,8 +141,18 @@ class HubConfig:
 
 
 def write_activation(activation: Activation) -> str:
-  """Returns the hub's name of a nonlinearity."""
-  return next(name for name, kind in _ACTIVATIONS.items() if kind == activation)
+  """Returns the hub's name of a nonlinearity.
+
+  Raises:
+    UserError: it has none.
+  """
+  for name, kind in _ACTIVATIONS.items():
+    if kind == activation:
+      return name
+  raise UserError(
+    f"activation = {activation} has no name on the hub; expected one of"
+    f" {', '.join(dict.fromkeys(_ACTIVATIONS.values()))}"
+  )
 
 
 def write_rope(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:

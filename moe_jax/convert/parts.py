@@ -112,15 +112,20 @@ def read_model(hub: HubConfig, *, epsilon: float = 1e-6) -> dict[str, Any]:
   )
 
 
-def write_model(config: ModelConfig) -> dict[str, Any]:
-  """Returns the settings that `read_model` reads, the number of layers and the nonlinearity."""
+def write_model(config: ModelConfig, hidden_act: str | None = None) -> dict[str, Any]:
+  """Returns the settings that `read_model` reads, the number of layers and the nonlinearity.
+
+  Args:
+    config: the model's.
+    hidden_act: the nonlinearity's name where it is not that of the experts.
+  """
   return {
     "vocab_size": config.vocab_size,
     "hidden_size": config.model_dim,
     "num_hidden_layers": len(config.layers()),
     "rms_norm_eps": config.norm_epsilon,
     "tie_word_embeddings": config.tie_embeddings,
-    "hidden_act": write_activation(config.moe.activation),
+    "hidden_act": hidden_act or write_activation(config.moe.activation),
   }
 
 

@@ -9,10 +9,12 @@ from moe_jax.convert.families.dbrx import DBRX
 from moe_jax.convert.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from moe_jax.convert.families.deepseek_v1 import DEEPSEEK_V1
 from moe_jax.convert.families.glm4 import GLM4_MOE
+from moe_jax.convert.families.gpt_oss import GPT_OSS
 from moe_jax.convert.families.granite import GRANITE
 from moe_jax.convert.families.llama4 import LLAMA4
 from moe_jax.convert.families.mixtral import MIXTRAL
 from moe_jax.convert.families.olmoe import OLMOE
+from moe_jax.convert.families.phi import PHIMOE
 from moe_jax.convert.families.qwen import QWEN2_MOE, QWEN3_MOE
 from moe_jax.convert.family import Family, as_segments
 from moe_jax.convert.hub_config import CONFIG_FILE, HubConfig
@@ -26,7 +28,7 @@ from moe_jax.moe.options import BiasUpdate, Score, Weighting
 
 FAMILIES = (
   *(MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE, DEEPSEEK_V1, DEEPSEEK_V2, DEEPSEEK_V3, LLAMA4),
-  *(GRANITE, DBRX, GLM4_MOE),
+  *(GRANITE, DBRX, GLM4_MOE, GPT_OSS, PHIMOE),
 )
 
 _MOST_DIFFERENCES = 4
@@ -41,6 +43,7 @@ _TRAINING = {
     *("min_capacity", "capacity_multiple", "reroute_attempts", "balance_fraction"),
     *("balance_source", "balance_scope", "importance", "load_threshold", "loss_padding"),
     *("balance_loss_weight", "z_loss_weight", "importance_loss_weight", "load_loss_weight"),
+    *("device_loss_weight", "communication_loss_weight"),
     *("adaptive_target", "adaptive_factor"),
   ),
 }
@@ -82,7 +85,8 @@ def family_of(config: ModelConfig) -> Family:
     faults[family.architecture] = found = list(_differences(family, config))
     if not found:
       return family
-  nearest = min(faults, key=lambda name: len(faults[name]))
+  # Other mixers are one difference in words, and the largest in fact.
+  nearest = min(faults, key=lambda name: ("mixers" in faults[name][0], len(faults[name])))
   shown = "; ".join(faults[nearest][:_MOST_DIFFERENCES])
   raise UserError(
     f"no architecture of the hub has models of this config; the nearest is {nearest}, for which"

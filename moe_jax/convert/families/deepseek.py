@@ -139,6 +139,7 @@ def _read_v2(hub: HubConfig) -> ModelConfig:
     num_expert_groups=hub.get("n_group") if limited else 1,
     top_expert_groups=hub.get("topk_group") if limited else 1,
     balance_loss_weight=hub.get("aux_loss_alpha", 0.003),
+    **({} if limited else {"device_loss_weight": 0.0, "communication_loss_weight": 0.0}),
   )
   return _read(hub, groups, "deepseek_v2", RotaryLayout.PAIRS)
 

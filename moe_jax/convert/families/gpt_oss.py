@@ -65,7 +65,6 @@ def _read(hub: HubConfig) -> ModelConfig:
       activation=Activation.SHIFTED_QUICK_GELU,
       expert_bias=True,
       clamp=hub.get("swiglu_limit", 7.0),
-      router_bias=True,
     ),
   )
 
@@ -74,9 +73,9 @@ def _write(config: ModelConfig) -> dict[str, Any]:
   moe, attention = config.moe, config.attention or config.global_attention
   names = {word: kind for kind, word in _WORDS.items()}
   return {
-    **write_model(config),
+    # The name is the same whatever the library computes.
+    **write_model(config, hidden_act="silu"),
     **write_attention(attention),
-    "hidden_act": "silu",
     "attention_bias": attention.qkv_bias,
     "sliding_window": attention.window,
     "layer_types": [names[block[0]] for block in config.layers()],
@@ -100,7 +99,7 @@ GPT_OSS = Family(
     *LLAMA_PARTS,
     rule(BLOCK + "self_attn.sinks", "mixer.sinks", SAME),
     router("mlp.router.weight"),
-    rule(BLOCK + "mlp.router.bias", "feed_forward.router.kernel_bias", SAME),
+    rule(BLOCK + "mlp.router.bias", "feed_forward.router.logit_bias", SAME),
     rule(_EXPERTS + "gate_up_proj", f"{_OURS}gate {_OURS}up", INTERLEAVED),
     rule(_EXPERTS + "gate_up_proj_bias", f"{_OURS}gate_bias {_OURS}up_bias", INTERLEAVED),
     rule(_EXPERTS + "down_proj", f"{_OURS}down", SAME),

@@ -68,7 +68,7 @@ def _word(kind: str, kinds: list[str]) -> str:
 
 
 def _write_layers(config: ModelConfig) -> dict[str, Any]:
-  layers, attention = config.layers(), config.attention
+  layers, attention = config.layers(), config.attention or config.global_attention
   return {
     "decoder_sparse_step": 1,
     "mlp_only_layers": [i for i, block in enumerate(layers) if block[1] == "dense"],
@@ -111,13 +111,14 @@ def _read_qwen2(hub: HubConfig) -> ModelConfig:
 
 
 def _write_qwen2(config: ModelConfig) -> dict[str, Any]:
-  windowed = config.attention.window is not None
+  attention = config.attention or config.global_attention
+  windowed = attention.window is not None
   words = [block[0] for block in config.layers()]
   return {
     **write_model(config),
-    **write_attention(config.attention),
+    **write_attention(attention),
     **_write_layers(config),
-    "qkv_bias": config.attention.qkv_bias,
+    "qkv_bias": attention.qkv_bias,
     "shared_expert_intermediate_size": config.moe.shared_hidden_dim,
     "layer_types": [_SLIDING if windowed and word == "attention" else _FULL for word in words],
     "max_window_layers": len(words),
