@@ -30,7 +30,7 @@ def load_pretrained(path: str | Path, dtype: str = "float32") -> tuple[Decoder, 
 
   Tensors are read one by one: beyond the model and the tensor in hand, memory holds nothing on a
   CPU, and with an accelerator the host holds one parameter stacked over its segment's layers. The
-  model routes without drops, as the originals do outside training.
+  model routes without drops, by ragged dispatch, as the originals do outside training.
 
   Args:
     path: the folder.
@@ -65,12 +65,21 @@ def _read_config(
 ) -> tuple[Family | None, ModelConfig | None]:
   """Returns family and config, or None and an entry in `faults`."""
   try:
-    hub.only("quantization_config", None)
+    _check_plain(hub)
     family = family_in(hub)
-    return family, dataclasses.replace(family.read(hub), dtype=dtype)
+    return family, dataclasses.replace(family.read(hub).dropless(), dtype=dtype)
   except UserError as error:
     faults.append(str(error))
     return None, None
+
+
+def _check_plain(hub: HubConfig) -> None:
+  if quantised := hub.get("quantization_config", {}):
+    method = quantised.get("quant_method", "an unnamed method")
+    raise UserError(
+      f"its weights are quantised ({method!r}): expected float32, float16 or bfloat16, save them"
+      " again without quantisation"
+    )
 
 
 def _ignored(family: Family, config: ModelConfig) -> tuple[str, ...]:
@@ -109,11 +118,16 @@ def _read_leaves(
   for places, group in itertools.groupby(wanted, lambda link: [s.path for s in link.slices]):
     arrays = {place: _empty(shapes[place], _dtype(place, config)) for place in places}
     for link in group:
-      parts = link.transform.to_ours(files.read(link.key), tuple(s.shape for s in link.slices))
-      for part, value in zip(link.slices, parts, strict=True):
-        arrays[part.path][part.index] = value
+      _fill(arrays, link, files)
     leaves |= {place: jax.device_put(array) for place, array in arrays.items()}
   return leaves
+
+
+def _fill(arrays: dict[Place, np.ndarray], link: Link, files: TensorFiles) -> None:
+  """Reads one tensor into its slices; nothing keeps it when this returns."""
+  parts = link.transform.to_ours(files.read(link.key), tuple(s.shape for s in link.slices))
+  for part, value in zip(link.slices, parts, strict=True):
+    arrays[part.path][part.index] = value
 
 
 def _dtype(place: Place, config: ModelConfig) -> np.dtype:

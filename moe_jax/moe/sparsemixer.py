@@ -12,9 +12,9 @@ def sparsemixer(view: SelectView, config: RoutingConfig) -> TokenChoice:
   """Picks K experts one after the other, each by a softmax over the logits near the best.
 
   Logits further below the largest of what is left than twice `sparsemixer_epsilon`, relative to the
-  larger magnitude, are out of reach. Training samples among the rest and estimates the gradient of that discrete choice with
-  Heun's third-order method; outside training the largest is taken. A weight is the sampled
-  expert's probability among those within reach; weights do not sum to 1.
+  larger magnitude, are out of reach. Training samples among the rest and estimates the gradient of
+  that discrete choice with Heun's third-order method; outside training the largest is taken. A
+  weight is the sampled expert's probability among those within reach; weights do not sum to 1.
   """
   keys = jax.random.split(view.key, config.top_k) if view.train else [None] * config.top_k
   experts, weights = [], []

@@ -1,7 +1,7 @@
 """How far a model is from its original: the largest differences from what the original gave.
 
-`python tests/parity/measuring.py FOLDER ...` prints them for folders that hold a checkpoint together
-with `inputs.npz` and `expected.npz`, as `make_fixtures.py --weights` writes them.
+`python tests/parity/measuring.py FOLDER ...` prints them for folders that hold a checkpoint beside
+`inputs.npz` and `expected.npz`, as `make_fixtures.py` writes them, and the worst ones last.
 """
 
 import functools
@@ -21,149 +21,155 @@ from moe_jax.moe.hugging_face_loss import hugging_face_load_balance_loss
 from moe_jax.moe.options import BalanceFraction
 
 NEW_TOKENS = 16
+# Prompt and new tokens: all forward runs are padded to it, so that one compiled program does them.
+_LONGEST = 26
 
 
-def measure(checkpoint: Path, fixture: Path) -> dict[str, float]:
-  """Returns the largest differences between a checkpoint here and its original's results.
+class Comparison:
+  """A loaded checkpoint beside its original's inputs and results.
 
-  Absolute, but relative for `aux_loss` and `aux_loss_rp`; `generated` and `generated_uncached`
-  count the tokens that differ. "_rp" is the run with right padding, where only real tokens count.
-
-  Args:
-    checkpoint: folder with `config.json` and weights.
-    fixture: folder with `inputs.npz` and `expected.npz`.
+  Every method returns largest differences by name: absolute, but relative for balance losses.
+  "_rp" is a run with right padding, where real tokens count; `generated` and `generated_uncached`
+  count the greedy tokens that differ.
   """
-  model, config = load_pretrained(checkpoint)
-  inputs, expected = (dict(np.load(fixture / f"{name}.npz")) for name in ("inputs", "expected"))
-  return {
-    **_unpadded(model, config, inputs, expected),
-    **_padded(model, config, inputs, expected),
-    **_generated(model, expected),
-  }
 
-
-def _unpadded(model, config: ModelConfig, inputs, expected) -> dict[str, float]:
-  graph, params, rest = nnx.split(model, nnx.Param, ...)
-  tokens = jnp.asarray(inputs["input_ids"], jnp.int32)
-  weight = _hub_weight(config, expected)
-  gradient, (logits, router_logits, aux) = _with_gradient(graph, params, rest, tokens, weight)
-  found = {"logits": _distance(logits, expected["logits"])}
-  for i, mine in enumerate(router_logits):
-    theirs = expected[f"router_logits_{i}"]
-    found["router_logits"] = max(
-      found.get("router_logits", 0.0), _distance(mine.reshape(theirs.shape), theirs)
+  def __init__(self, checkpoint: Path, fixture: Path):
+    self.model, self.config = load_pretrained(checkpoint)
+    self.inputs, self.expected = (
+      dict(np.load(fixture / f"{name}.npz")) for name in ("inputs", "expected")
     )
-  if "aux_loss" in expected:
-    mine = aux.weighted_loss if weight is None else _pooled(config, router_logits)
-    found["aux_loss"] = _relative(mine, expected["aux_loss"])
-  return found | {"router_gradients": _gradient_distance(to_hub(gradient, config), expected)}
+    self.tokens = self.inputs["input_ids"]
 
+  def forward(self) -> dict[str, float]:
+    """Compares logits, router logits, balance losses and the tokens that follow without a cache."""
+    logits, router_logits, losses = self._run(self.tokens)
+    real = self.inputs["attention_mask_rp"].astype(bool)
+    logits_rp, _, losses_rp = self._run(self.inputs["input_ids_rp"], real)
+    found = {
+      "logits": _distance(logits, self.expected["logits"]),
+      "logits_rp": _distance(logits_rp[real], self.expected["logits_rp"][real]),
+      "router_logits": max(
+        _distance(mine.reshape(-1, mine.shape[-1]), self.expected[f"router_logits_{i}"])
+        for i, mine in enumerate(router_logits)
+      ),
+    }
+    for name, (pooled, summed) in (("aux_loss", losses), ("aux_loss_rp", losses_rp)):
+      if name in self.expected and not (self.sums_losses and name == "aux_loss_rp"):
+        theirs = self.expected[name]
+        found[name] = _distance(summed if self.sums_losses else pooled, theirs) / abs(theirs)
+    return {name: float(value) for name, value in found.items()} | self._uncached()
 
-def _padded(model, config: ModelConfig, inputs, expected) -> dict[str, float]:
-  real = inputs["attention_mask_rp"].astype(bool)
-  logits, aux = _forward(*nnx.split(model), *_padded_to_longest(inputs["input_ids_rp"], real))
-  logits = logits[:, : real.shape[1]]
-  found = {"logits_rp": _distance(logits[real], expected["logits_rp"][real])}
-  if "aux_loss_rp" in expected and _hub_weight(config, expected) is not None:
-    router_logits = [each[:, : real.shape[1]] for each in aux.router_logits]
-    mine = _pooled(config, router_logits, jnp.asarray(real))
-    found["aux_loss_rp"] = _relative(mine, expected["aux_loss_rp"])
-  return found
+  def _uncached(self) -> dict[str, float]:
+    # Greedy tokens are those that the whole sequence, read at once, predicts at every place.
+    prompt, theirs = self.expected["gen_prompt"], self.expected["gen_nocache"]
+    logits, _, _ = self._run(np.concatenate([prompt, theirs], axis=1))
+    mine = np.argmax(logits, axis=-1)[:, prompt.shape[1] - 1 : -1]
+    return {"generated_uncached": float(np.sum(mine != theirs))}
 
+  def cached(self) -> dict[str, float]:
+    """Compares 16 greedy tokens with a cache."""
+    prompt = jnp.asarray(self.expected["gen_prompt"], jnp.int32)
+    tokens = np.asarray(generate(self.model, prompt, NEW_TOKENS))[:, prompt.shape[1] :]
+    return {"generated": float(np.sum(tokens != self.expected["gen"]))}
 
-def _generated(model, expected) -> dict[str, float]:
-  prompt = jnp.asarray(expected["gen_prompt"], jnp.int32)
-  length = prompt.shape[1]
-  cached = np.asarray(generate(model, prompt, NEW_TOKENS))[:, length:]
-  # Greedy tokens are those that the whole sequence, read at once, predicts at every place.
-  theirs = expected["gen_nocache"]
-  whole = np.concatenate([prompt, theirs], axis=1)
-  logits, _ = _forward(*nnx.split(model), *_padded_to_longest(whole, np.ones(whole.shape, bool)))
-  uncached = np.argmax(logits, axis=-1)[:, length - 1 : -1]
-  return {
-    "generated": float(np.sum(cached != expected["gen"])),
-    "generated_uncached": float(np.sum(uncached != theirs)),
-  }
+  def gradients(self) -> dict[str, float]:
+    """Compares the gradient of the original's training loss with respect to routers."""
+    graph, params, rest = nnx.split(self.model, nnx.Param, ...)
+    tokens = jnp.asarray(self.tokens, jnp.int32)
+    gradient = _loss_gradient(graph, params, rest, tokens, self._hub_weight())
+    mine = to_hub(gradient, self.config)
+    worst = max(
+      _distance(mine[_key_of(name, theirs, mine)], theirs)
+      for name, theirs in self.expected.items()
+      if name.startswith("grad:")
+    )
+    return {"router_gradients": worst}
 
+  @property
+  def sums_losses(self) -> bool:
+    """Whether the balance loss is a sum over layers, coefficient included (DeepSeekMoE)."""
+    fraction = self.config.moe.routing.balance_fraction
+    return fraction == BalanceFraction.ALL_CHOICES_MEAN
 
-def _padded_to_longest(tokens, real):
-  """Pads to one length, so that one compiled program serves all runs."""
-  width = ((0, 0), (0, 26 - tokens.shape[1]))
-  return jnp.asarray(np.pad(tokens, width), jnp.int32), jnp.asarray(np.pad(real, width))
+  def _hub_weight(self) -> float | None:
+    """Returns the coefficient of the pooled loss, 0 without one, None for the summed one."""
+    if "aux_loss" not in self.expected:
+      return 0.0
+    if self.sums_losses:
+      return None
+    return self.config.moe.routing.balance_loss_weight * len(self.config.moe_layers())
+
+  def _run(self, tokens, real=None):
+    length = tokens.shape[1]
+    real = np.ones(tokens.shape, bool) if real is None else real
+    width = ((0, 0), (0, _LONGEST - length))
+    tokens, mask = jnp.asarray(np.pad(tokens, width), jnp.int32), jnp.asarray(np.pad(real, width))
+    logits, router_logits, losses = jax.device_get(_forward(*nnx.split(self.model), tokens, mask))
+    return logits[:, :length], [each[:, :length] for each in router_logits], losses
 
 
 @functools.partial(jax.jit, static_argnames="graph")
 def _forward(graph, state, tokens, mask):
-  return nnx.merge(graph, state)(tokens, token_mask=mask, return_aux=True)
+  """Returns logits, router logits, and the balance loss pooled and summed over layers."""
+  model = nnx.merge(graph, state)
+  logits, aux = model(tokens, token_mask=mask, return_aux=True)
+  pooled = _pooled(model.config, aux, mask)
+  return logits, aux.router_logits, (pooled, aux.weighted_loss)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "weight"))
-def _with_gradient(graph, params, rest, tokens, weight):
-  """Returns the gradient of the hub's training loss, and logits, router logits and aux."""
-
+def _loss_gradient(graph, params, rest, tokens, weight):
   def loss(params):
     model = nnx.merge(graph, params, rest)
     logits, aux = model(tokens, return_aux=True)
     likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], -1)
-    pooled = aux.weighted_loss
+    balance = aux.weighted_loss
     if weight is not None:
-      top_k = model.config.moe.routing.top_k
-      pooled = weight * hugging_face_load_balance_loss(aux.router_logits, top_k)
-    return pooled - jnp.mean(likelihood), (logits, aux.router_logits, aux)
+      balance = weight * _pooled(model.config, aux, None)
+    return balance - jnp.mean(likelihood)
 
-  return jax.grad(loss, has_aux=True)(params)
-
-
-def _hub_weight(config: ModelConfig, expected) -> float | None:
-  """Returns the coefficient of the pooled loss, 0 without one, None for the summed one."""
-  if "aux_loss" not in expected:
-    return 0.0
-  if config.moe.routing.balance_fraction == BalanceFraction.ALL_CHOICES_MEAN:
-    return None  # DeepSeekMoE's own
-  return config.moe.routing.balance_loss_weight * len(config.moe_layers())
+  return jax.grad(loss)(params)
 
 
-def _pooled(config: ModelConfig, router_logits, mask=None):
+def _pooled(config: ModelConfig, aux, mask):
   top_k = config.moe.routing.top_k
-  return hugging_face_load_balance_loss(router_logits, top_k, token_mask=mask)
+  return hugging_face_load_balance_loss(aux.router_logits, top_k, token_mask=mask)
 
 
 def _distance(mine, theirs) -> float:
   # NaN is no distance: it must not pass for one.
-  return float(np.nan_to_num(np.max(np.abs(np.asarray(mine) - theirs)), nan=np.inf))
+  return float(np.nan_to_num(np.max(np.abs(mine - theirs)), nan=np.inf))
 
 
-def _relative(mine, theirs) -> float:
-  return _distance(mine, theirs) / float(np.abs(theirs))
-
-
-def _gradient_distance(mine: dict[str, np.ndarray], expected) -> float:
-  """Returns the largest distance of a router's gradient, tensor by tensor.
+def _key_of(name: str, theirs, mine: dict[str, np.ndarray]) -> str:
+  """Returns the key of the router's tensor whose gradient the original calls `name`.
 
   The original's module may have another name than the tensor in its checkpoint: both have the
-  number of the layer and the shape.
+  number of the layer, the shape, and the last word.
   """
-  worst = 0.0
-  for name, theirs in expected.items():
-    if name.startswith("grad:"):
-      layer = re.search(r"\.\d+\.", name).group()
-      (key,) = [
-        key
-        for key, value in mine.items()
-        if layer in key
-        and value.shape == theirs.shape
-        and re.search(r"(gate|router|router\.layer)\.(weight|bias)$", key)
-        and key.rpartition(".")[2] == name.rpartition(".")[2]
-      ]
-      worst = max(worst, _distance(mine[key], theirs))
-  return worst
+  layer, kind = re.search(r"\.\d+\.", name).group(), name.rpartition(".")[2]
+  router = re.compile(r"(gate|router|router\.layer)\." + kind)
+  (key,) = [
+    key
+    for key, value in mine.items()
+    if layer in key and value.shape == theirs.shape and router.search(key)
+  ]
+  return key
 
 
 def main(folders: list[str]) -> None:
-  """Prints the differences of every folder."""
+  """Prints the differences of every folder, and the worst of all."""
+  worst: dict[str, float] = {}
   for folder in map(Path, folders):
-    found = measure(folder, folder)
-    print(folder.name, " ".join(f"{name}={value:.2g}" for name, value in found.items()), flush=True)
+    comparison = Comparison(folder, folder)
+    found = comparison.forward() | comparison.cached() | comparison.gradients()
+    worst |= {name: max(value, worst.get(name, 0.0)) for name, value in found.items()}
+    print(folder.name, _line(found), flush=True)
+  print("worst", _line(worst))
+
+
+def _line(found: dict[str, float]) -> str:
+  return " ".join(f"{name}={value:.2g}" for name, value in found.items())
 
 
 if __name__ == "__main__":
