@@ -132,10 +132,11 @@ class HubConfig:
 
   def _scaling(self, kind: RopeScalingKind, given: Mapping[str, Any]) -> RopeScaling:
     fields = {name: given.get(_SCALING_KEYS[name]) for name in _FIELDS_OF[kind]}
-    length = self.get("max_position_embeddings", None)
-    if "original_max_position" in fields:
-      fields["original_max_position"] = fields["original_max_position"] or length
-      fields["factor"] = fields["factor"] or length / fields["original_max_position"]
+    if "original_max_position" in fields and not fields["original_max_position"]:
+      fields["original_max_position"] = self.get("max_position_embeddings")
+    if not fields["factor"]:
+      length = self.get("max_position_embeddings")
+      fields["factor"] = length / fields.get("original_max_position", length)
     # Zero stands for absent in released files.
     return RopeScaling(kind, **{name: v for name, v in fields.items() if v or v is False})
 

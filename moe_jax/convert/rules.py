@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -10,6 +9,7 @@ from flax import nnx
 
 from moe_jax.convert.transforms import Shape, Transform
 from moe_jax.models import Decoder, ModelConfig
+from moe_jax.moe.router import RouterState
 
 # A place in the model's state, for example ("segments", 0, "blocks", 1, "mixer", "query").
 Path = tuple[str | int, ...]
@@ -73,6 +73,12 @@ def parameter_shapes(config: ModelConfig) -> dict[Path, Shape]:
   """Returns the shape of every variable of a model by its place, without allocating any."""
   state = nnx.state(nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0))))
   return {path: tuple(leaf.shape) for path, leaf in flat_leaves(state).items()}
+
+
+def router_state(config: ModelConfig) -> frozenset[Path]:
+  """Returns the places of the variables that no gradient reaches, as the selection bias."""
+  state = nnx.state(nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0))), RouterState)
+  return frozenset(flat_leaves(state))
 
 
 def flat_leaves(tree) -> dict[Path, jax.Array]:
@@ -153,8 +159,3 @@ def _block_links(each: Rule, block: _BlockStack, shapes: dict[Path, Shape]) -> l
       key = each.hub.replace(_LAYER, str(layer)).replace(_EXPERT, str(expert))
       made.append(Link(key, slices, each.transform))
   return made
-
-
-def num_bytes(link: Link, itemsize: int) -> int:
-  """Returns the size of a tensor in bytes."""
-  return math.prod(link.shape) * itemsize

@@ -13,7 +13,7 @@ import numpy as np
 
 from moe_jax.convert.families import architecture_settings, family_of
 from moe_jax.convert.hub_config import CONFIG_FILE, read_hub_config
-from moe_jax.convert.rules import Link, flat_leaves, links, parameter_shapes
+from moe_jax.convert.rules import Link, flat_leaves, links, parameter_shapes, router_state
 from moe_jax.convert.rules import Path as Place
 from moe_jax.convert.tensor_files import INDEX_FILE
 from moe_jax.convert.tensor_writer import TensorSpec, write_tensors
@@ -42,8 +42,7 @@ def to_hub(tree: Any, config: ModelConfig) -> dict[str, np.ndarray]:
   """
   leaves = flat_leaves(tree)
   shapes = parameter_shapes(config)
-  # A tree without these is one of parameters alone.
-  absent = {place for place in shapes if place not in leaves and "router" in place}
+  absent = router_state(config) - set(leaves)
   _check_leaves(leaves, {place: shapes[place] for place in shapes if place not in absent})
   wanted = [
     link

@@ -48,7 +48,7 @@ def make(name: str, seed: int, folder: Path, with_weights: bool) -> None:
   for attempt in range(20):
     drawn = {"seed": 1000 * seed + attempt, "gains": GAINS.get(name, {})}
     drawn["shapes"] = _write_settings(config, folder)
-    (folder / "weights.json").write_text(json.dumps(drawn, indent=1, sort_keys=True) + "\n")
+    (folder / "weights.json").write_text(json.dumps(drawn, sort_keys=True) + "\n")
     inputs = _inputs(drawn["seed"])
     model = _drawn_model(config, folder, drawn)
     if (expected := _expected(model, inputs)) is not None:
@@ -172,6 +172,8 @@ def main() -> None:
   parser.add_argument("--weights", action="store_true")
   parser.add_argument("--verify", type=Path)
   args = parser.parse_args()
+  # More threads gain nothing on models of this size.
+  torch.set_num_threads(1)
   if args.verify is not None:
     for folder in sorted(path.parent for path in args.verify.glob("*/resaved")):
       verify(folder)

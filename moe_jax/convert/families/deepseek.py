@@ -133,8 +133,10 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 def _read_v2(hub: HubConfig) -> ModelConfig:
   # Released code and library differ in what they do with renormalised weights; no release has them.
   hub.only("norm_topk_prob", False)
+  hub.only("mlp_bias", False)
   hub.only("topk_method", "greedy", "group_limited_greedy")
-  limited = hub.get("topk_method", "greedy") == "group_limited_greedy"
+  # One group is no limit.
+  limited = hub.get("topk_method", "greedy") != "greedy" and hub.get("n_group") > 1
   groups = dict(
     num_expert_groups=hub.get("n_group") if limited else 1,
     top_expert_groups=hub.get("topk_group") if limited else 1,
