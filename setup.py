@@ -22,6 +22,7 @@ _REQUIREMENTS = [
   "optax>=0.2.8",
   "orbax-checkpoint>=0.12.8",
   "rich>=15.0",
+  "safetensors>=0.8",
   "tensorflow-datasets>=4.9.10",
 ]
 
@@ -31,7 +32,6 @@ _EXTRAS = {
   "gpu-cuda12": [f"jax[cuda12]{_JAX}"],
   "tpu": [f"jax[tpu]{_JAX}", "gcsfs"],
   "tensorboard": ["tensorboardX>=2.6.5"],
-  "hf": ["safetensors"],
   "dev": ["pytest>=9.0", "pytest-xdist>=3.8", "ruff>=0.17", "tensorboardX>=2.6.5"],
 }
 

@@ -77,6 +77,17 @@ COMMANDS = {
       Flag("seed", FlagKind.SEED, "seed of the sampling", 0),
     ),
   ),
+  "convert": Command(
+    "write the model of a run, or of a checkpoint, as a Hugging Face checkpoint",
+    "moe_jax.commands.conversion:convert",
+    (
+      Flag("out", FlagKind.FOLDER, "folder to write; it must be absent or empty"),
+      Flag("workdir", FlagKind.FOLDER, "folder of a run made by moe-jax train", None),
+      _STEP,
+      Flag("checkpoint", FlagKind.FOLDER, "Hugging Face checkpoint to read instead of a run", None),
+      Flag("dtype", FlagKind.TEXT, "float32 or bfloat16, with --checkpoint", "float32"),
+    ),
+  ),
   "report": Command(
     "write the report of a run: curves, routing, samples",
     "moe_jax.commands.reporting:report",
