@@ -113,11 +113,20 @@ def compared(config, form):
   # There are thousands of programs.
   compiled_layer.cache_clear()
   for number, (state, x, mask) in enumerate(inputs_of(config)):
-    try:
-      run_and_compare(config, form, state, x, mask)
-      yield None
-    except AssertionError as error:
-      yield f"input {number}, mask {mask}, {config}: {error}"
+    errors = [error_of(config, form, state, x, mask, seed) for seed in (1, 2)]
+    yield f"input {number}, mask {mask}, {config}: {errors}" if all(errors) else None
+
+
+def error_of(config, form, state, x, mask, seed):
+  """Returns how the layer differs from the oracle for one cotangent, or None.
+
+  Of thousands of cotangents a few make a tiny gradient of large terms, which are rounded at their
+  own size. A wrong derivative is wrong for two of them.
+  """
+  try:
+    run_and_compare(config, form, state, x, mask, seed)
+  except AssertionError as error:
+    return str(error)
 
 
 @pytest.mark.full
