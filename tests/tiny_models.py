@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax.layers.attention import AttentionConfig
+from moe_jax.layers.attention_config import AttentionConfig
 from moe_jax.layers.mlp import Activation, FeedForwardConfig
 from moe_jax.models import Decoder, ModelConfig
 from moe_jax.moe import MoEConfig, Overflow, RoutingConfig, Weighting
@@ -49,8 +49,9 @@ def tiny_config(
     moe=MoEConfig(tiny_routing(**(routing or {})), **{"hidden_dim": 6, **network, **(moe or {})}),
   )
   segments = changes.get("segments", ALTERNATING)
-  if isinstance(segments, (list, tuple)) and not any(":moe" in str(each) for each in segments):
-    changes.setdefault("moe", None)
+  for word, section in (("moe", "moe"), ("dense", "mlp")):
+    if isinstance(segments, (list, tuple)) and f":{word}" not in str(segments):
+      changes.setdefault(section, None)
   return dataclasses.replace(config, **changes)
 
 

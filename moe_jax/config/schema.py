@@ -2,7 +2,8 @@
 
 A section that is present is built from its own class's defaults; a section that is absent takes the
 default of its parent's field. A field marked `dataclasses.field(metadata={"flatten": True})` holds
-a dataclass whose keys live in the parent's section.
+a dataclass whose keys live in the parent's section; annotated `X | None`, it is None where none of
+its keys is given.
 """
 
 import dataclasses
@@ -82,7 +83,10 @@ def to_mapping(config: Any) -> dict[str, Any]:
     if not field.init:
       continue
     value = _plain(getattr(config, field.name))
-    mapping.update(value if _is_flat(field) else {field.name: value})
+    if _is_flat(field):
+      mapping.update(value or {})
+    else:
+      mapping[field.name] = value
   return mapping
 
 
@@ -95,9 +99,10 @@ def _build(cls: type, values: dict[str, Any], path: str) -> Any:
       continue
     hint = hints[field.name]
     if _is_flat(field):
-      own = {key: values[key] for key in _keys(hint) if key in values}
+      flat = _flattened(hint)
+      own = {key: values[key] for key in _keys(flat) if key in values}
       if own or _is_required(field):
-        arguments[field.name] = _build(hint, own, path)
+        arguments[field.name] = _build(flat, own, path)
     elif field.name in values:
       arguments[field.name] = _convert(hint, values[field.name], f"{path}.{field.name}")
     elif _is_required(field):
@@ -114,7 +119,7 @@ def _keys(cls: type) -> list[str]:
   names = []
   for field in dataclasses.fields(cls):
     if field.init:
-      names += _keys(hints[field.name]) if _is_flat(field) else [field.name]
+      names += _keys(_flattened(hints[field.name])) if _is_flat(field) else [field.name]
   twice = {name for name in names if names.count(name) > 1}
   if twice:
     raise TypeError(f"{cls.__name__} and what it flattens share the fields {sorted(twice)}")
@@ -238,6 +243,11 @@ def _is_mapping(value: Any) -> bool:
 
 def _is_flat(field: dataclasses.Field) -> bool:
   return bool(field.metadata.get("flatten", False))
+
+
+def _flattened(hint: Any) -> type:
+  """Returns the dataclass of a flattened field, which may be annotated `X | None`."""
+  return next((each for each in typing.get_args(hint) if each is not type(None)), hint)
 
 
 def _is_required(field: dataclasses.Field) -> bool:

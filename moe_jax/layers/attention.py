@@ -1,4 +1,4 @@
-"""Multi-head attention with grouped key-value heads, rotary positions and a key-value cache."""
+"""Multi-head attention with grouped key-value heads and a key-value cache."""
 
 import dataclasses
 
@@ -6,53 +6,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.errors import UserError
+from moe_jax.layers.attend import attend
+from moe_jax.layers.attention_config import AttentionConfig, Positions, QKNorm
+from moe_jax.layers.attention_context import AttentionContext, Places, attention_mask
 from moe_jax.layers.dropout import dropout
-from moe_jax.layers.parameters import parameter
-from moe_jax.layers.rotary import RotaryTable, apply_rotary
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionConfig:
-  """Causal self-attention.
-
-  Attributes:
-    num_heads: H query heads.
-    num_kv_heads: key-value heads; must divide H (GQA, arXiv 2305.13245).
-    head_dim: width of a head; even, for rotary positions.
-    rope_theta: base of the rotary frequencies.
-    window: real tokens a query looks back on, itself included; None = all. A window of the training
-      length lets a model go on beyond it, since no distance is new.
-  """
-
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  rope_theta: float = 10_000.0
-  window: int | None = None
-
-  def __post_init__(self):
-    for name in ("num_heads", "num_kv_heads", "head_dim"):
-      if getattr(self, name) < 1:
-        raise UserError(f"{name} = {getattr(self, name)} is refused: it must be at least 1")
-    if self.num_heads % self.num_kv_heads:
-      raise UserError(
-        f"num_kv_heads = {self.num_kv_heads} does not divide num_heads ="
-        f" {self.num_heads}; the nearest that does is {self._nearest_divisor()}"
-      )
-    if self.head_dim % 2:
-      raise UserError(
-        f"head_dim = {self.head_dim} is odd; rotary positions need an even width,"
-        f" for example {self.head_dim + 1}"
-      )
-    if not self.rope_theta > 0:
-      raise UserError(f"rope_theta = {self.rope_theta} is refused: it must be greater than 0")
-    if self.window is not None and self.window < 1:
-      raise UserError(f"window = {self.window} is refused: it must be at least 1, or None for all")
-
-  def _nearest_divisor(self) -> int:
-    divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
-    return min(divisors, key=lambda n: abs(n - self.num_kv_heads))
+from moe_jax.layers.norms import RMSNorm, root_mean_square_norm
+from moe_jax.layers.parameters import like, parameter, with_axes
+from moe_jax.layers.relative_bias import relative_buckets
+from moe_jax.layers.rotary import apply_rotary, rotary_table
 
 
 @jax.tree_util.register_dataclass
@@ -65,28 +26,25 @@ class KVCache:
 
   def write(self, key: jax.Array, value: jax.Array, index: jax.Array) -> "KVCache":
     """Returns the cache with `key` and `value` (B, L, Hkv, K) in the slots from `index` on."""
-    return KVCache(_write(self.key, key, index), _write(self.value, value, index))
+    return KVCache(write_slots(self.key, key, index), write_slots(self.value, value, index))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class AttentionContext:
-  """What every attention layer of a call shares.
-
-  Attributes:
-    rotary: cosines and sines of the tokens' positions, see `rotary_table`; made once a call.
-    mask: (B, L, M) bool, True = query l may look at slot m; M = L without a cache. Every query
-      looks at one slot at least.
-    cache_index: int32 scalar, the cache slot of the first token; None without a cache.
-  """
-
-  rotary: RotaryTable
-  mask: jax.Array
-  cache_index: jax.Array | None = None
+def write_slots(old: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
+  """Returns old (B, M, ...) with new (B, L, ...) in the slots from `index` on."""
+  return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis=1)
 
 
 class Attention(nnx.Module):
-  """Causal self-attention; softmax in float32."""
+  """Causal self-attention; softmax in float32.
+
+  Attributes:
+    query, key, value: (D, H, K) and twice (D, Hkv, K).
+    query_bias, key_bias, value_bias: (H, K) and twice (Hkv, K), with `qkv_bias`.
+    query_norm, key_norm: with a norm that has scales.
+    relative_bias: (buckets, H), zeros at first.
+    sinks: (H,), zeros at first.
+    out, out_bias: (H, K, D) and (D,), the latter with `out_bias`.
+  """
 
   def __init__(
     self,
@@ -100,21 +58,14 @@ class Attention(nnx.Module):
     self.config = config
     self.dropout_rate = dropout_rate
     c, keys = config, jax.random.split(key, 4)
-    kv = dict(
-      shape=(model_dim, c.num_kv_heads, c.head_dim),
-      fan_in=model_dim,
-      scale=scale,
-      axes=("embed", "kv_heads", "head_dim"),
-    )
-    self.query = parameter(
-      keys[0],
-      (model_dim, c.num_heads, c.head_dim),
-      ("embed", "heads", "head_dim"),
-      fan_in=model_dim,
-      scale=scale,
-    )
-    self.key = parameter(keys[1], **kv)
-    self.value = parameter(keys[2], **kv)
+
+    def projection(key, heads, axis):
+      shape, axes = (model_dim, heads, c.head_dim), ("embed", axis, "head_dim")
+      return parameter(key, shape, axes, fan_in=model_dim, scale=scale)
+
+    self.query = projection(keys[0], c.num_heads, "heads")
+    self.key = projection(keys[1], c.num_kv_heads, "kv_heads")
+    self.value = projection(keys[2], c.num_kv_heads, "kv_heads")
     self.out = parameter(
       keys[3],
       (c.num_heads, c.head_dim, model_dim),
@@ -122,6 +73,50 @@ class Attention(nnx.Module):
       fan_in=c.num_heads * c.head_dim,
       scale=scale,
     )
+    self._add_options(model_dim)
+
+  def _add_options(self, model_dim: int) -> None:
+    """Makes the parameters that only some configs have; none of them draws random numbers."""
+    c = self.config
+    if c.qkv_bias:
+      self.query_bias = _zeros((c.num_heads, c.head_dim), ("heads", "bias"))
+      self.key_bias = _zeros((c.num_kv_heads, c.head_dim), ("kv_heads", "bias"))
+      self.value_bias = _zeros((c.num_kv_heads, c.head_dim), ("kv_heads", "bias"))
+    if c.out_bias:
+      self.out_bias = _zeros((model_dim,), ("bias",))
+    if c.qk_norm in (QKNorm.HEAD, QKNorm.PROJECTION):
+      heads = c.qk_norm == QKNorm.PROJECTION
+      self.query_norm = RMSNorm((c.num_heads if heads else 1) * c.head_dim, c.qk_norm_epsilon)
+      self.key_norm = RMSNorm((c.num_kv_heads if heads else 1) * c.head_dim, c.qk_norm_epsilon)
+    if c.relative_bias_buckets is not None:
+      self.relative_bias = _zeros((c.relative_bias_buckets, c.num_heads), ("bias", "heads"))
+    if c.sinks:
+      self.sinks = _zeros((c.num_heads,), ("bias",))
+
+  @staticmethod
+  def context(config: AttentionConfig, places: Places) -> AttentionContext:
+    """Returns what the layers of this config share in a call."""
+    c, positions, rotary, scale, buckets = config, places.query_positions, None, None, None
+    if c.positions == Positions.ROTARY:
+      width = c.rotary_dim or c.head_dim
+      rotary = rotary_table(positions, width, c.rope_theta, c.rope_scaling)
+    if c.query_temperature_floor is not None:
+      steps = jnp.floor_divide(positions + 1, c.query_temperature_floor).astype(jnp.float32)
+      scale = jnp.log1p(steps) * c.query_temperature_scale + 1.0
+    if c.relative_bias_buckets is not None:
+      buckets = relative_buckets(
+        positions, places.key_positions, c.relative_bias_buckets, c.relative_bias_max_distance
+      )
+    mask = attention_mask(places, window=c.window, chunk=c.chunk)
+    return AttentionContext(rotary, mask, places.cache_index, scale, buckets)
+
+  @staticmethod
+  def empty_cache(
+    config: AttentionConfig, slots: tuple[int, ...], dtype: jax.typing.DTypeLike
+  ) -> KVCache:
+    """Returns a cache of zeros; `slots` are the axes before the heads, (..., B, M)."""
+    shape = (*slots, config.num_kv_heads, config.head_dim)
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
   def __call__(
     self,
@@ -132,69 +127,49 @@ class Attention(nnx.Module):
     key: jax.Array | None = None,
   ) -> tuple[jax.Array, KVCache | None]:
     """Maps x (B, L, D) to (B, L, D), writing keys and values into the cache if there is one."""
-    q = apply_rotary(_project(x, self.query), context.rotary)
-    k = apply_rotary(_project(x, self.key), context.rotary)
-    v = _project(x, self.value)
+    q = self._position(self._project(x, "query"), context)
+    k = self._position(self._project(x, "key"), context)
+    v = self._project(x, "value")
+    if context.query_scale is not None:
+      q = (q * context.query_scale[:, :, None, None]).astype(x.dtype)
     if cache is not None:
       cache = cache.write(k, v, context.cache_index)
       k, v = cache.key.astype(x.dtype), cache.value.astype(x.dtype)
-    heads = attend(q, k, v, context.mask)
+    bias = sinks = None
+    if context.buckets is not None:
+      bias = self.relative_bias[...].T[:, context.buckets]
+    if self.config.sinks:
+      sinks = self.sinks[...]
+    heads = attend(q, k, v, context.mask, scale=self.config.scale, bias_HBLM=bias, sinks_H=sinks)
     out = jnp.einsum("BLHK,HKD->BLD", heads, self.out[...].astype(x.dtype))
+    if self.config.out_bias:
+      out += like(self.out_bias[...], out)
     return dropout(out, self.dropout_rate, key), cache
 
+  def _project(self, x: jax.Array, name: str) -> jax.Array:
+    """Returns queries, keys or values (B, L, H, K), with their bias, norm and clip."""
+    c = self.config
+    heads = jnp.einsum("BLD,DHK->BLHK", x, getattr(self, name)[...].astype(x.dtype))
+    if c.qkv_bias:
+      heads += like(getattr(self, f"{name}_bias")[...], heads)
+    normed = name != "value"
+    if c.qk_norm == QKNorm.PROJECTION and normed:
+      together = heads.reshape(*heads.shape[:2], -1)
+      heads = getattr(self, f"{name}_norm")(together).reshape(heads.shape)
+    if c.qkv_clip is not None:
+      heads = jnp.clip(heads, -c.qkv_clip, c.qkv_clip)
+    if c.qk_norm == QKNorm.HEAD and normed:
+      heads = getattr(self, f"{name}_norm")(heads)
+    return heads
 
-def _project(x: jax.Array, weight: nnx.Param) -> jax.Array:
-  return jnp.einsum("BLD,DHK->BLHK", x, weight[...].astype(x.dtype))
-
-
-def _write(old: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
-  return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis=1)
-
-
-def attend(
-  q_BLHK: jax.Array, k_BMNK: jax.Array, v_BMNK: jax.Array, mask_BLM: jax.Array
-) -> jax.Array:
-  """Returns softmax(q k^T / sqrt(K)) v, (B, L, H, K): attention of H query heads to N key heads.
-
-  Query head h reads key-value head h // (H / N). The softmax is float32. The heads are moved in
-  front of the positions before the products: XLA's CPU backend is twice as slow on the layouts
-  that `jax.nn.dot_product_attention` gives it.
-  """
-  B, L, H, K = q_BLHK.shape
-  N = k_BMNK.shape[2]
-  queries = q_BLHK.reshape(B, L, N, H // N, K).transpose(0, 2, 3, 1, 4).reshape(B, N, -1, K)
-  keys, values = k_BMNK.swapaxes(1, 2), v_BMNK.swapaxes(1, 2)
-  logits = jnp.einsum(
-    "BNQK,BNMK->BNQM", queries * K**-0.5, keys, preferred_element_type=jnp.float32
-  )
-  # Finite, so that the derivative of a masked logit is 0 and not NaN.
-  bias_BLM = jnp.where(mask_BLM, 0.0, -1e30)
-  weights = jax.nn.softmax(logits.reshape(B, N, H // N, L, -1) + bias_BLM[:, None, None], axis=-1)
-  weights = weights.astype(values.dtype).reshape(logits.shape)
-  out = jnp.einsum("BNQM,BNMK->BNQK", weights, values)
-  return out.reshape(B, N, H // N, L, K).transpose(0, 3, 1, 2, 4).reshape(B, L, H, K)
+  def _position(self, heads: jax.Array, context: AttentionContext) -> jax.Array:
+    """Rotates queries or keys, and normalises them where the config does so afterwards."""
+    if context.rotary is not None:
+      heads = apply_rotary(heads, context.rotary, self.config.rotary_layout)
+    if self.config.qk_norm == QKNorm.L2:
+      heads = root_mean_square_norm(heads, self.config.qk_norm_epsilon)
+    return heads
 
 
-def attention_mask(
-  query_slots_L: jax.Array,
-  query_positions_BL: jax.Array,
-  key_mask_BM: jax.Array,
-  key_positions_BM: jax.Array,
-  window: int | None,
-) -> jax.Array:
-  """Returns (B, L, M): a token sees the real tokens at or before it, the last `window` of them.
-
-  A padding query sees itself, so that its (unused) softmax is defined.
-
-  Args:
-    query_slots_L: (L,) int32, the queries' places among the M keys.
-    query_positions_BL, key_positions_BM: int32, counted in real tokens; the window is measured in
-      them.
-    key_mask_BM: (B, M) bool, True = real token.
-    window: see `AttentionConfig`.
-  """
-  slots = jnp.arange(key_mask_BM.shape[1])
-  mask = (slots[None, :] <= query_slots_L[:, None])[None] & key_mask_BM[:, None, :]
-  if window is not None:
-    mask &= query_positions_BL[:, :, None] - key_positions_BM[:, None, :] < window
-  return mask | (slots[None, :] == query_slots_L[:, None])[None]
+def _zeros(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+  return with_axes(jnp.zeros(shape, jnp.float32), axes)

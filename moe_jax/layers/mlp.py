@@ -2,6 +2,8 @@
 
 import dataclasses
 import enum
+import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -11,10 +13,10 @@ from flax import nnx
 from moe_jax.choices import as_choice
 from moe_jax.errors import UserError
 from moe_jax.layers.dropout import dropout
-from moe_jax.layers.parameters import parameter
+from moe_jax.layers.parameters import like, parameter, with_axes
 
-# (rows (..., D), weight) -> rows (..., D')
-Product = Callable[[jax.Array, jax.Array], jax.Array]
+# (rows (..., D), weight, bias or None) -> rows (..., D')
+Product = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
 
 
 class Activation(enum.StrEnum):
@@ -22,31 +24,45 @@ class Activation(enum.StrEnum):
 
   RELU = "relu"
   GELU = "gelu"  # the tanh approximation
+  GELU_EXACT = "gelu_exact"
   SILU = "silu"
+  # gate * sigmoid(1.702 gate), and up + 1 in place of up: gpt-oss's, for gated networks alone.
+  SHIFTED_QUICK_GELU = "shifted_quick_gelu"
+
+
+def _quick_gelu(x: jax.Array) -> jax.Array:
+  return x * jax.nn.sigmoid(1.702 * x)
 
 
 _ACTIVATIONS = {
   Activation.RELU: jax.nn.relu,
   Activation.GELU: jax.nn.gelu,
+  Activation.GELU_EXACT: functools.partial(jax.nn.gelu, approximate=False),
   Activation.SILU: jax.nn.silu,
+  Activation.SHIFTED_QUICK_GELU: _quick_gelu,
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class FeedForwardConfig:
-  """A feed-forward network D -> F -> D without biases.
+  """A feed-forward network D -> F -> D.
 
   Attributes:
     hidden_dim: F.
     gated: act(x W_gate) * (x W_up) W_down (arXiv 2002.05202) instead of act(x W_up) W_down.
     activation: the nonlinearity.
     dropout: rate on the hidden activations in training.
+    bias: every product with a matrix has a bias.
+    clamp: before the activation, the gate is at most this, and `up` within [-clamp, clamp]
+      (gpt-oss: 7); gated networks alone. None = not.
   """
 
   hidden_dim: int
   gated: bool = False
   activation: Activation = Activation.RELU
   dropout: float = 0.0
+  bias: bool = False
+  clamp: float | None = None
 
   def __post_init__(self):
     activation = as_choice(Activation, "activation", self.activation)
@@ -55,11 +71,29 @@ class FeedForwardConfig:
       raise UserError(f"hidden_dim = {self.hidden_dim} is refused: it must be at least 1")
     if not 0.0 <= self.dropout < 1.0:
       raise UserError(f"dropout = {self.dropout} is refused: it must be in [0, 1)")
+    if self.clamp is not None and not 0 < self.clamp < math.inf:
+      raise UserError(f"clamp = {self.clamp} is refused: it must be greater than 0")
+    if not self.gated:
+      self._check_plain()
+
+  def _check_plain(self) -> None:
+    if self.clamp is not None:
+      raise UserError(f"clamp = {self.clamp} is refused: it is of a gate; use gated = true")
+    if self.activation == Activation.SHIFTED_QUICK_GELU:
+      raise UserError(
+        f"activation = {self.activation} is refused: it is of a gate; use gated = true, or gelu"
+      )
 
   @property
   def num_matrices(self) -> int:
     """Returns the number of weight matrices: 3 gated, 2 plain."""
     return 3 if self.gated else 2
+
+
+def affine(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+  """Returns x @ weight, plus the bias if there is one."""
+  y = jnp.matmul(x, weight)
+  return y if bias is None else y + like(bias, y)
 
 
 def feed_forward(
@@ -68,26 +102,37 @@ def feed_forward(
   key: jax.Array | None,
   config: FeedForwardConfig,
   *,
-  product: Product = jnp.matmul,
-  last_product: Product = jnp.matmul,
+  product: Product = affine,
+  last_product: Product = affine,
 ) -> jax.Array:
-  """Applies one network to x (..., D); `weights` has `up`, `down` and, if gated, `gate`.
+  """Applies one network to x (..., D).
 
   Args:
     x: (..., D), any float dtype; products are in it.
-    weights: the matrices, or whatever the products take for them.
+    weights: `up` (D, F), `down` (F, D) and, if gated, `gate` (D, F), or whatever the products take
+      for them; with biases also `up_bias` (F,) and so on.
     key: turns dropout on.
     config: the network.
-    product: multiplies rows by `gate` and `up`.
-    last_product: multiplies rows by `down`.
+    product: multiplies rows by `gate` and `up`, and adds the bias.
+    last_product: multiplies rows by `down`, and adds the bias.
   """
   w = {name: value.astype(x.dtype) for name, value in weights.items()}
   act = _ACTIVATIONS[config.activation]
+  up = product(x, w["up"], w.get("up_bias"))
   if config.gated:
-    hidden = act(product(x, w["gate"])) * product(x, w["up"])
+    gate = product(x, w["gate"], w.get("gate_bias"))
+    gate, up = _before_activation(gate, up, config)
+    hidden = act(gate) * up
   else:
-    hidden = act(product(x, w["up"]))
-  return last_product(dropout(hidden, config.dropout, key), w["down"])
+    hidden = act(up)
+  return last_product(dropout(hidden, config.dropout, key), w["down"], w.get("down_bias"))
+
+
+def _before_activation(gate: jax.Array, up: jax.Array, config: FeedForwardConfig):
+  if config.clamp is not None:
+    gate, up = jnp.minimum(gate, config.clamp), jnp.clip(up, -config.clamp, config.clamp)
+  shift = 1 if config.activation == Activation.SHIFTED_QUICK_GELU else 0
+  return gate, up + shift if shift else up
 
 
 def feed_forward_weights(
@@ -113,6 +158,9 @@ def feed_forward_weights(
     weights[name] = parameter(
       name_key, lead_shape + shape, lead_axes + axes, fan_in=shape[0], scale=scale
     )
+    if config.bias:
+      zeros = jnp.zeros((*lead_shape, shape[1]), jnp.float32)
+      weights[f"{name}_bias"] = with_axes(zeros, (*lead_axes, "bias"))
   return weights
 
 

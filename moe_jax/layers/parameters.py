@@ -16,7 +16,10 @@ LOGICAL_AXES = {
   "expert": "E",
   "expert_mlp": "F of an expert",
   "router": "E as outputs of the router, which every device needs whole",
-  "norm": "D of a norm's scale",
+  "joined": "2 D, two vectors that one matrix projects",
+  "latent": "rank of latent attention's compressed queries, or keys and values",
+  "norm": "D of a norm's scale and bias",
+  "bias": "outputs of a projection's bias, attention sinks, buckets of a relative bias",
 }
 
 # A parameter with no other axes scales or shifts element by element, and enters no product.
@@ -60,6 +63,11 @@ def with_axes(value: jax.Array, axes: tuple[str, ...]) -> nnx.Param:
   if unknown:
     raise ValueError(f"{unknown} are not logical axes; known are {', '.join(LOGICAL_AXES)}")
   return nnx.Param(value, axes=axes)
+
+
+def like(value: jax.Array, x: jax.Array) -> jax.Array:
+  """Returns a value in the dtype of x, with axes of size 1 in front up to the rank of x."""
+  return value.astype(x.dtype).reshape((1,) * (x.ndim - value.ndim) + value.shape)
 
 
 def logical_axes(state: nnx.State) -> nnx.State:

@@ -1,25 +1,51 @@
-"""Rotary position embedding (RoFormer, arXiv 2104.09864 Eq. 34), halves layout."""
+"""Rotary position embedding (RoFormer, arXiv 2104.09864 Eq. 34)."""
 
 import jax
 import jax.numpy as jnp
 
-# Cosine and sine, each (B, L, 1, K / 2) float32.
+from moe_jax.layers.attention_config import RotaryLayout
+from moe_jax.layers.rope_scaling import RopeScaling
+
+# Cosine and sine, each (B, L, 1, K / 2) float32 for K rotated dimensions.
 RotaryTable = tuple[jax.Array, jax.Array]
 
 
-def rotary_table(positions_BL: jax.Array, head_dim: int, theta: float) -> RotaryTable:
-  """Returns cosine and sine of position * theta^(-2i / K), K = `head_dim`, in float32."""
-  half = head_dim // 2
+def rotary_table(
+  positions_BL: jax.Array, rotary_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> RotaryTable:
+  """Returns cosine and sine of position * theta^(-2i / K), K = `rotary_dim`, in float32."""
+  half = rotary_dim // 2
   frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  if scaling is not None:
+    frequency = frequency * scaling.frequency_factors(rotary_dim, theta).astype(jnp.float32)
   angle = positions_BL[..., None, None].astype(jnp.float32) * frequency.reshape(1, 1, 1, half)
-  return jnp.cos(angle), jnp.sin(angle)
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  factor = 1.0 if scaling is None else scaling.table_factor
+  return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
 
 
-def apply_rotary(x_BLHK: jax.Array, table: RotaryTable) -> jax.Array:
+def apply_rotary(
+  x_BLHK: jax.Array, table: RotaryTable, layout: RotaryLayout = RotaryLayout.HALVES
+) -> jax.Array:
   """Rotates each head (B, L, H, K) of queries or keys by its position; keeps the dtype.
 
-  Dimension i is paired with i + K / 2, as in LLaMA's released code; RoFormer pairs neighbours.
+  A table of fewer dimensions than K rotates the first ones and lets the others pass.
   """
   cos, sin = table
-  a, b = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BLHK.dtype)
+  rotary_dim = 2 * cos.shape[-1]
+  x, rest = x_BLHK[..., :rotary_dim], x_BLHK[..., rotary_dim:]
+  a, b = _parts(x.astype(jnp.float32), layout)
+  rotated = _join(a * cos - b * sin, b * cos + a * sin, layout).astype(x.dtype)
+  return jnp.concatenate([rotated, rest], axis=-1) if rest.shape[-1] else rotated
+
+
+def _parts(x: jax.Array, layout: RotaryLayout) -> list[jax.Array]:
+  if layout == RotaryLayout.HALVES:
+    return jnp.split(x, 2, axis=-1)
+  return [x[..., 0::2], x[..., 1::2]]
+
+
+def _join(a: jax.Array, b: jax.Array, layout: RotaryLayout) -> jax.Array:
+  if layout == RotaryLayout.HALVES:
+    return jnp.concatenate([a, b], axis=-1)
+  return jnp.stack([a, b], axis=-1).reshape(*a.shape[:-1], -1)

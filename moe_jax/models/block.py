@@ -3,22 +3,13 @@
 import jax
 from flax import nnx
 
-from moe_jax.layers.attention import Attention, AttentionContext, KVCache
+from moe_jax.layers.attention_context import AttentionContext
 from moe_jax.layers.dropout import dropout, split_key
 from moe_jax.layers.mlp import FeedForward
-from moe_jax.layers.norms import RMSNorm
+from moe_jax.layers.norms import make_norm
 from moe_jax.models.config import ModelConfig
+from moe_jax.models.mixers import Cache, make_mixer
 from moe_jax.moe.layer import NO_INPUTS, MoEAux, MoELayer, RouterInputs, TokenInfo
-
-
-def _attention(config: ModelConfig, key: jax.Array) -> Attention:
-  return Attention(
-    config.model_dim,
-    config.attention,
-    key=key,
-    scale=config.init_scale,
-    dropout_rate=config.dropout,
-  )
 
 
 def _dense(config: ModelConfig, key: jax.Array) -> FeedForward:
@@ -36,20 +27,20 @@ def _experts(config: ModelConfig, key: jax.Array) -> MoELayer:
 
 
 # The names that patterns use, see `ModelConfig.segments`.
-_MIXERS = {"attention": _attention}
 _FEED_FORWARDS = {"dense": _dense, "moe": _experts}
 
 
 class Block(nnx.Module):
-  """x + mixer(norm(x)), then x + feed_forward(norm(x))."""
+  """x + m * mixer(norm(x)), then x + m * feed_forward(norm(x)); m is the residual multiplier."""
 
   def __init__(self, config: ModelConfig, kind: tuple[str, ...], *, key: jax.Array):
     mixer, feed_forward = kind[:2]
     mixer_key, ff_key = jax.random.split(key)
     self.dropout_rate = config.dropout
-    self.mixer_norm = RMSNorm(config.model_dim, config.norm_epsilon)
-    self.mixer = _MIXERS[mixer](config, mixer_key)
-    self.feed_forward_norm = RMSNorm(config.model_dim, config.norm_epsilon)
+    self.multiplier = config.residual_multiplier
+    self.mixer_norm = make_norm(config.norm, config.model_dim, config.norm_epsilon)
+    self.mixer = make_mixer(config, mixer, mixer_key)
+    self.feed_forward_norm = make_norm(config.norm, config.model_dim, config.norm_epsilon)
     self.feed_forward = _FEED_FORWARDS[feed_forward](config, ff_key)
 
   @property
@@ -62,12 +53,12 @@ class Block(nnx.Module):
     x: jax.Array,
     context: AttentionContext,
     tokens: TokenInfo,
-    cache: KVCache | None,
+    cache: Cache | None,
     *,
     inputs: RouterInputs = NO_INPUTS,
     key: jax.Array | None,
     train: bool,
-  ) -> tuple[jax.Array, KVCache | None, MoEAux | None]:
+  ) -> tuple[jax.Array, Cache | None, MoEAux | None]:
     """Maps x (B, L, D) to x, the new cache, and the router's record if there are experts."""
     first, second, cache, aux = self.branches(
       x, context, tokens, cache, inputs=inputs, key=key, train=train
@@ -76,14 +67,16 @@ class Block(nnx.Module):
 
   def branches(
     self, x, context, tokens, cache, *, inputs, key, train
-  ) -> tuple[jax.Array, jax.Array, KVCache | None, MoEAux | None]:
+  ) -> tuple[jax.Array, jax.Array, Cache | None, MoEAux | None]:
     """Returns what the mixer and the feed-forward add to x, each (B, L, D); see `__call__`."""
     mixer_key, ff_key, drop_key = split_key(key, 3)
     first, cache = self.mixer(self.mixer_norm(x), context, cache, key=mixer_key)
+    first *= self.multiplier
     second, aux = self._feed_forward(
       self.feed_forward_norm(x + first), tokens, inputs, ff_key, train
     )
-    return first, dropout(second, self.dropout_rate, drop_key), cache, aux
+    second = dropout(second, self.dropout_rate, drop_key) * self.multiplier
+    return first, second, cache, aux
 
   def _feed_forward(self, x, tokens, inputs, key, train):
     if self.has_experts:

@@ -2,20 +2,29 @@
 
 import dataclasses
 import enum
+import math
 
-from moe_jax.choices import as_choice, did_you_mean
+from moe_jax.choices import as_choice, nearest
 from moe_jax.errors import UserError
-from moe_jax.layers.attention import AttentionConfig
+from moe_jax.layers.attention_config import AttentionConfig, LatentAttentionConfig
 from moe_jax.layers.mlp import FeedForwardConfig
+from moe_jax.layers.norms import Norm
 from moe_jax.models.depth_config import DepthConfig
 from moe_jax.moe.dispatch import Dispatch
 from moe_jax.moe.layer import MoEConfig
 from moe_jax.moe.options import Overflow
 from moe_jax.moe.registry import Chooser
 
-MIXERS = ("attention",)
-FEED_FORWARDS = ("dense", "moe")
+# The words of a block, and the field of `ModelConfig` that says what they are.
+MIXERS = {
+  "attention": "attention",
+  "global_attention": "global_attention",
+  "latent_attention": "latent_attention",
+}
+FEED_FORWARDS = {"dense": "mlp", "moe": "moe"}
 DEPTH = "depth"
+
+MixerConfig = AttentionConfig | LatentAttentionConfig
 
 
 class Remat(enum.StrEnum):
@@ -49,6 +58,8 @@ class Segment:
 class ModelConfig:
   """A decoder-only language model.
 
+  A section that no block uses is None, and the other way round.
+
   Attributes:
     vocab_size: V.
     model_dim: D.
@@ -58,13 +69,25 @@ class ModelConfig:
     attention: the mixer "attention"; its fields are flattened into the model's level in config
       files.
     mlp: the feed-forward "dense".
-    moe: the feed-forward "moe"; None if no block uses it.
-    depth: the blocks marked ":depth" (Mixture-of-Depths); None if there is none.
+    moe: the feed-forward "moe".
+    depth: the blocks marked ":depth" (Mixture-of-Depths).
+    global_attention: the mixer "global_attention", the second kind of models that interleave two:
+      layers without a window among layers with one.
+    latent_attention: the mixer "latent_attention".
+    norm: of the residual stream, before every mixer and feed-forward and before the head.
+    norm_epsilon: of those norms.
     tie_embeddings: the head is the transposed embedding.
+    head_bias: a bias on the logits (Phi).
+    embedding_multiplier, residual_multiplier: factors of the embedding, and of what every mixer and
+      feed-forward adds to the residual stream (Granite).
+    logits_divisor: what the logits are divided by (Granite).
+    mtp_depth: further tokens that training predicts at every place, besides the next one
+      (DeepSeek-V3, see `moe_jax.models.multi_token`); each costs a block like the last one.
+    mtp_loss_weight: coefficient of the mean over depths of their cross-entropies; DeepSeek-V3 takes
+      0.3 for most of its training, then 0.1.
     dropout: rate on the embedding and on the output of every mixer and feed-forward, in training.
     init_scale: of the blocks' matrices, see `moe_jax.layers.parameters.parameter`; Switch uses
       0.1. Embedding and head keep 1.0.
-    norm_epsilon: of every RMSNorm.
     dtype: of activations, "float32" or "bfloat16"; parameters and the router stay float32.
     remat: memory for work in the backward pass.
     scan_unroll: repeats of a segment's pattern in one iteration of its scan; more compile time for
@@ -74,20 +97,30 @@ class ModelConfig:
   vocab_size: int
   model_dim: int
   segments: tuple[tuple[str, int], ...]
-  attention: AttentionConfig = dataclasses.field(metadata={"flatten": True})
-  mlp: FeedForwardConfig
+  attention: AttentionConfig | None = dataclasses.field(default=None, metadata={"flatten": True})
+  mlp: FeedForwardConfig | None = None
   moe: MoEConfig | None = None
   depth: DepthConfig | None = None
+  global_attention: AttentionConfig | None = None
+  latent_attention: LatentAttentionConfig | None = None
+  norm: Norm = Norm.RMSNORM
+  norm_epsilon: float = 1e-6
   tie_embeddings: bool = False
+  head_bias: bool = False
+  embedding_multiplier: float = 1.0
+  residual_multiplier: float = 1.0
+  logits_divisor: float = 1.0
+  mtp_depth: int = 0
+  mtp_loss_weight: float = 0.3
   dropout: float = 0.0
   init_scale: float = 1.0
-  norm_epsilon: float = 1e-6
   dtype: str = "float32"
   remat: Remat = Remat.NONE
   scan_unroll: int = 1
 
   def __post_init__(self):
-    object.__setattr__(self, "remat", as_choice(Remat, "remat", self.remat))
+    for name, kind in {"remat": Remat, "norm": Norm}.items():
+      object.__setattr__(self, name, as_choice(kind, name, getattr(self, name)))
     for name in ("vocab_size", "model_dim", "scan_unroll"):
       if getattr(self, name) < 1:
         raise UserError(f"{name} = {getattr(self, name)} is refused: it must be at least 1")
@@ -95,34 +128,56 @@ class ModelConfig:
       raise UserError(f"dtype = {self.dtype!r} is not one of float32, bfloat16")
     if not 0.0 <= self.dropout < 1.0:
       raise UserError(f"dropout = {self.dropout} is refused: it must be in [0, 1)")
-    for name in ("init_scale", "norm_epsilon"):
-      if not getattr(self, name) > 0:
+    for name in (
+      "init_scale",
+      "norm_epsilon",
+      "embedding_multiplier",
+      "residual_multiplier",
+      "logits_divisor",
+    ):
+      if not 0 < getattr(self, name) < math.inf:
         raise UserError(f"{name} = {getattr(self, name)} is refused: it must be greater than 0")
-    blocks = [block for segment in self.parsed_segments() for block in segment.pattern]
-    kinds = [block[1] for block in blocks]
-    if "moe" in kinds and self.moe is None:
-      raise UserError(f"segments = {self.segments} has a moe block but moe is None")
-    if "moe" not in kinds and self.moe is not None:
+    if self.mtp_depth < 0 or not 0 <= self.mtp_loss_weight < math.inf:
       raise UserError(
-        f"segments = {self.segments} has no moe block, so moe would be ignored; leave"
-        " moe out, or use for example 'attention:moe'"
+        f"mtp_depth = {self.mtp_depth} with mtp_loss_weight = {self.mtp_loss_weight} is refused:"
+        " both must be 0 or greater"
       )
-    if self.moe is not None:
-      self.moe.check_width(self.model_dim)
-    if any(DEPTH in block for block in blocks) != (self.depth is not None):
+    self._check_sections()
+    self._check_experts()
+    # JSON gives lists, and a config must be hashable: it is part of what is compiled.
+    object.__setattr__(self, "segments", tuple(map(tuple, self.segments)))
+
+  def _check_sections(self) -> None:
+    """Refuses a block without its section, and a section without its block."""
+    blocks = [block for segment in self.parsed_segments() for block in segment.pattern]
+    words = {word for block in blocks for word in block}
+    for word, name in (MIXERS | FEED_FORWARDS).items():
+      given = getattr(self, name) is not None
+      if word in words and not given:
+        raise UserError(f"segments = {self.segments} has {word} blocks but {name} is None")
+      if given and word not in words:
+        example = f"{word}:dense" if word in MIXERS else f"attention:{word}"
+        raise UserError(
+          f"segments = {self.segments} has no {word} block, so {name} would be ignored; leave"
+          f" {name} out, or use for example {example!r}"
+        )
+    if (DEPTH in words) != (self.depth is not None):
       raise UserError(
         f"segments = {self.segments} and depth = {self.depth} contradict each other: blocks such"
         " as 'attention:dense:depth' need a depth section, and a depth section such blocks"
       )
-    if self.moe is not None and any(block[1:] == ("moe", DEPTH) for block in blocks):
-      routing = self.moe.routing
-      if routing.selection == "hash" and routing.hash_ngram > 1:
-        raise UserError(
-          f"hash_ngram = {routing.hash_ngram} is refused: it must be 1 in a 'moe:depth' block,"
-          " which does not see the tokens it leaves out"
-        )
-    # JSON gives lists, and a config must be hashable: it is part of what is compiled.
-    object.__setattr__(self, "segments", tuple(map(tuple, self.segments)))
+
+  def _check_experts(self) -> None:
+    if self.moe is None:
+      return
+    self.moe.check_width(self.model_dim)
+    routing = self.moe.routing
+    hashes_several = routing.selection == "hash" and routing.hash_ngram > 1
+    if hashes_several and any(block[1:] == ("moe", DEPTH) for block in self.layers()):
+      raise UserError(
+        f"hash_ngram = {routing.hash_ngram} is refused: it must be 1 in a 'moe:depth' block,"
+        " which does not see the tokens it leaves out"
+      )
 
   def parsed_segments(self) -> tuple[Segment, ...]:
     """Returns the segments with their patterns taken apart."""
@@ -138,13 +193,20 @@ class ModelConfig:
     """Returns (mixer, feed-forward), and "depth" after them if so, of every block in order."""
     return [block for s in self.parsed_segments() for block in s.pattern * s.repeats]
 
-  def moe_layers(self) -> list[int]:
-    """Returns the indices of the blocks with experts."""
-    return [i for i, block in enumerate(self.layers()) if block[1] == "moe"]
+  def moe_layers(self, *, train: bool = False) -> list[int]:
+    """Returns the indices of the blocks with experts; training has those of `mtp_depth` behind."""
+    kinds = [block[1] for block in self.layers()]
+    kinds += kinds[-1:] * (self.mtp_depth if train else 0)
+    return [i for i, kind in enumerate(kinds) if kind == "moe"]
 
   def depth_layers(self) -> list[int]:
     """Returns the indices of the blocks that only some tokens take."""
     return [i for i, block in enumerate(self.layers()) if DEPTH in block]
+
+  def mixers(self) -> dict[str, MixerConfig]:
+    """Returns the mixers that the model has, by the word that patterns use."""
+    sections = {word: getattr(self, name) for word, name in MIXERS.items()}
+    return {word: section for word, section in sections.items() if section is not None}
 
   def with_routing(self, **changes) -> "ModelConfig":
     """Returns this config with some fields of the router replaced; the parameters still fit."""
@@ -189,6 +251,7 @@ def _parse_block(block: str) -> tuple[str, ...]:
   known = whole + [f"{each}:{DEPTH}" for each in whole]
   if block not in known:
     raise UserError(
-      f"block {block!r} is not one of {', '.join(known)}; {did_you_mean(block, known)}"
+      f"block {block!r} is not one of {', '.join(whole)}, or one of these and ':{DEPTH}';"
+      f" did you mean {nearest(block, known) or known[0]}?"
     )
   return tuple(block.split(":"))

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.errors import UserError
-from moe_jax.layers.attention import AttentionContext, KVCache, attention_mask
+from moe_jax.layers.attention_context import Places
 from moe_jax.layers.dropout import dropout, split_key
-from moe_jax.layers.norms import RMSNorm
-from moe_jax.layers.parameters import parameter
-from moe_jax.layers.rotary import RotaryTable, rotary_table
+from moe_jax.layers.norms import make_norm
+from moe_jax.layers.parameters import like, parameter, with_axes
 from moe_jax.models.config import DEPTH, ModelConfig
 from moe_jax.models.depths import DepthAux, DepthCache
+from moe_jax.models.mixers import empty_cache, mixer_contexts
+from moe_jax.models.multi_token import MultiTokenModule, look_ahead
 from moe_jax.models.stack import ScannedSegment, SegmentCache
 from moe_jax.moe.layer import NO_INPUTS, RouterInputs, TokenInfo
 from moe_jax.moe.plan import DensePlan, RoutingPlan
@@ -22,7 +23,7 @@ from moe_jax.moe.plan import DensePlan, RoutingPlan
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ModelAux:
-  """What the routers decided, one entry a MoE layer in order.
+  """What the routers decided, one entry a MoE layer in order of `ModelConfig.moe_layers`.
 
   Attributes:
     router_logits: list of (B, L, E) float32.
@@ -34,6 +35,8 @@ class ModelAux:
       take the mean over layers instead: divide the coefficients by the number of MoE layers.
     metrics: float32 means over layers; per layer see `plans[i].metrics`.
     depths: list of `DepthAux`, one a depth block in order.
+    mtp_logits: list of (B, L, V) float32, in training one for each depth k = 1, 2, ... of
+      multi-token prediction: of the token k + 1 places on.
   """
 
   router_logits: list[jax.Array]
@@ -42,12 +45,13 @@ class ModelAux:
   weighted_loss: jax.Array
   metrics: dict[str, jax.Array]
   depths: list[DepthAux]
+  mtp_logits: list[jax.Array]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecoderCache:
-  """Keys and values of all layers, and which cache slots hold real tokens.
+  """What the mixers of all layers keep, and which cache slots hold real tokens.
 
   Attributes:
     segments: one `SegmentCache` a segment.
@@ -61,7 +65,7 @@ class DecoderCache:
 
 
 class Decoder(nnx.Module):
-  """Pre-norm decoder with rotary attention and dense or expert feed-forwards."""
+  """Pre-norm decoder of mixers and dense or expert feed-forwards."""
 
   def __init__(self, config: ModelConfig, *, key: jax.Array):
     embed_key, stack_key, head_key = jax.random.split(key, 3)
@@ -75,9 +79,14 @@ class Decoder(nnx.Module):
     self.segments = nnx.List(
       [ScannedSegment(config, s, key=k) for s, k in zip(segments, keys, strict=True)]
     )
-    self.final_norm = RMSNorm(D, config.norm_epsilon)
+    self.final_norm = make_norm(config.norm, D, config.norm_epsilon)
     if not config.tie_embeddings:
       self.head = parameter(head_key, (D, V), ("embed", "vocab"), fan_in=D)
+    if config.head_bias:
+      self.head_bias = with_axes(jnp.zeros((V,), jnp.float32), ("bias",))
+    if config.mtp_depth:
+      keys = jax.random.split(jax.random.fold_in(key, 1), config.mtp_depth)
+      self.mtp = nnx.List([MultiTokenModule(config, key=k) for k in keys])
 
   def __call__(
     self,
@@ -113,22 +122,24 @@ class Decoder(nnx.Module):
     """
     _check_tokens(tokens, token_mask, segment_ids, positions)
     self._check_key(train, key)
-    self._check_router_inputs(router_inputs)
+    self._check_router_inputs(router_inputs, train)
     if token_mask is None:
       token_mask = jnp.ones(tokens.shape, bool)
     if positions is None:
       positions = _count_positions(token_mask)
-    mask = attention_mask(
-      jnp.arange(tokens.shape[1]), positions, token_mask, positions, self.config.attention.window
-    )
-    if segment_ids is not None:
-      mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
-    context = AttentionContext(self._rotary(positions), mask)
+    slots = jnp.arange(tokens.shape[1])
+    places = Places(slots, positions, positions, token_mask, segment_ids)
     info = TokenInfo(token_mask, tokens, segment_ids)
     key = key if train else None
-    x, _, records = self._run(info, context, None, inputs=router_inputs, key=key, train=train)
-    logits = self._logits(x)
-    return (logits, self._aux(records)) if return_aux else logits
+    x, _, records = self._run(info, places, None, inputs=router_inputs, key=key, train=train)
+    logits = self._logits(x, self.final_norm)
+    if not return_aux:
+      return logits
+    further = []
+    if train and self.config.mtp_depth:
+      further, own = self._predict_further(x, info, places, router_inputs, key)
+      records += own
+    return logits, self._aux(records, further)
 
   def decode(
     self, tokens: jax.Array, cache: DecoderCache, *, token_mask: jax.Array | None = None
@@ -154,68 +165,90 @@ class Decoder(nnx.Module):
     slots_mask = jax.lax.dynamic_update_slice_in_dim(
       cache.token_mask, token_mask, cache.index, axis=1
     )
-    mask = attention_mask(
+    places = Places(
       cache.index + jnp.arange(tokens.shape[1]),
       positions,
-      slots_mask,
       _count_positions(slots_mask),
-      self.config.attention.window,
+      slots_mask,
+      cache_index=cache.index,
     )
-    context = AttentionContext(self._rotary(positions), mask, cache.index)
     info = TokenInfo(token_mask, tokens)
     x, segments, _ = self._run(
-      info, context, cache.segments, inputs=NO_INPUTS, key=None, train=False
+      info, places, cache.segments, inputs=NO_INPUTS, key=None, train=False
     )
     index = cache.index + tokens.shape[1]
     # An update beyond the last slot would silently overwrite earlier ones.
     x = jnp.where(index <= slots_mask.shape[1], x, jnp.nan)
-    return self._logits(x), DecoderCache(segments, slots_mask, index)
+    return self._logits(x, self.final_norm), DecoderCache(segments, slots_mask, index)
 
   def init_cache(self, batch_size: int, num_slots: int) -> DecoderCache:
     """Returns an empty cache for `num_slots` tokens a row, prompt and new ones together."""
-    c = self.config.attention
 
     def empty(repeats, block):
-      shape = (repeats, batch_size, num_slots, c.num_kv_heads, c.head_dim)
-      cache = KVCache(jnp.zeros(shape, self.config.dtype), jnp.zeros(shape, self.config.dtype))
-      return DepthCache(cache, jnp.zeros(shape[:3], bool)) if DEPTH in block else cache
+      slots = (repeats, batch_size, num_slots)
+      cache = empty_cache(self.config, block[0], slots)
+      return DepthCache(cache, jnp.zeros(slots, bool)) if DEPTH in block else cache
 
     segments = [
       tuple(empty(s.repeats, block) for block in s.pattern) for s in self.config.parsed_segments()
     ]
     return DecoderCache(segments, jnp.zeros((batch_size, num_slots), bool), jnp.int32(0))
 
-  def _run(self, tokens: TokenInfo, context, caches, *, inputs, key, train):
+  def _run(self, tokens: TokenInfo, places: Places, caches, *, inputs, key, train):
     embed_key, *keys = split_key(key, 1 + len(self.segments))
+    x = dropout(self._embed(tokens.ids, tokens.mask), self.config.dropout, embed_key)
+    contexts = mixer_contexts(self.config, places)
+    caches = [None] * len(self.segments) if caches is None else caches
+    new_caches, records, layer = [], [], 0
+    for segment, cache, segment_key in zip(self.segments, caches, keys, strict=True):
+      mine = slice(layer, layer := layer + segment.num_moe_layers)
+      own = jax.tree.map(lambda a, mine=mine: a[mine], inputs)
+      x, cache, aux = segment(x, contexts, tokens, cache, inputs=own, key=segment_key, train=train)
+      new_caches.append(cache)
+      records.extend(aux)
+    return x, new_caches, records
+
+  def _embed(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
     # An id outside the vocabulary must not pass for a word; what padding holds does not matter.
-    ids = jnp.where(tokens.mask, tokens.ids, 0)
+    ids = jnp.where(mask, ids, 0)
     x = (
       self.embedding[...]
       .at[ids]
       .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
       .astype(self.config.dtype)
     )
-    x = dropout(x, self.config.dropout, embed_key)
-    caches = [None] * len(self.segments) if caches is None else caches
-    new_caches, records, layer = [], [], 0
-    for segment, cache, segment_key in zip(self.segments, caches, keys, strict=True):
-      mine = slice(layer, layer := layer + segment.num_moe_layers)
-      own = jax.tree.map(lambda a, mine=mine: a[mine], inputs)
-      x, cache, aux = segment(x, context, tokens, cache, inputs=own, key=segment_key, train=train)
-      new_caches.append(cache)
-      records.extend(aux)
-    return x, new_caches, records
+    return x * self.config.embedding_multiplier
 
-  def _rotary(self, positions: jax.Array) -> RotaryTable:
-    c = self.config.attention
-    return rotary_table(positions, c.head_dim, c.rope_theta)
+  def _predict_further(self, x, tokens: TokenInfo, places: Places, inputs, key):
+    """Returns the logits of every depth of multi-token prediction, and the experts' records."""
+    contexts = mixer_contexts(self.config, places)
+    keys = split_key(None if key is None else jax.random.fold_in(key, 1), len(self.mtp))
+    logits, records = [], []
+    layer = len(self.config.moe_layers())
+    for depth, (module, module_key) in enumerate(zip(self.mtp, keys, strict=True), start=1):
+      mine = slice(layer, layer := layer + module.segment.num_moe_layers)
+      ids, info = look_ahead(tokens, depth)
+      x, own = module(
+        x,
+        self._embed(ids, info.mask),
+        contexts,
+        info,
+        inputs=jax.tree.map(lambda a, mine=mine: a[mine], inputs),
+        key=module_key,
+      )
+      logits.append(self._logits(x, module.final_norm))
+      records.extend(own)
+    return logits, records
 
-  def _logits(self, x: jax.Array) -> jax.Array:
-    x = self.final_norm(x)
+  def _logits(self, x: jax.Array, norm) -> jax.Array:
+    x = norm(x)
     head = self.embedding[...].T if self.config.tie_embeddings else self.head[...]
-    return jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+    logits = jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+    if self.config.head_bias:
+      logits += like(self.head_bias[...], logits)
+    return logits / self.config.logits_divisor
 
-  def _aux(self, records) -> ModelAux:
+  def _aux(self, records, mtp_logits) -> ModelAux:
     depths = [record for record in records if isinstance(record, DepthAux)]
     records = [record.moe if isinstance(record, DepthAux) else record for record in records]
     records = [record for record in records if record is not None]
@@ -228,17 +261,18 @@ class Decoder(nnx.Module):
       metrics |= _mean([{f"depth_{n}": m for n, m in d.metrics.items()} for d in depths])
       weighted += self.config.depth.loss_weight * sum(each.loss for each in depths)
     logits = [record.router_logits for record in records]
-    return ModelAux(logits, plans, losses, weighted, metrics, depths)
+    return ModelAux(logits, plans, losses, weighted, metrics, depths, mtp_logits)
 
   def _check_key(self, train, key) -> None:
-    moe_key = self.config.moe is not None and self.config.moe.needs_key
-    if train and key is None and (self.config.dropout or self.config.mlp.dropout or moe_key):
+    c = self.config
+    draws = c.dropout or (c.mlp and c.mlp.dropout) or (c.moe and c.moe.needs_key)
+    if train and key is None and draws:
       raise UserError(
         "training this model draws random numbers: key = None was given, a jax.random.key is needed"
       )
 
-  def _check_router_inputs(self, inputs: RouterInputs) -> None:
-    layers = len(self.config.moe_layers())
+  def _check_router_inputs(self, inputs: RouterInputs, train: bool) -> None:
+    layers = len(self.config.moe_layers(train=train))
     for name, value in vars(inputs).items():
       if value is not None and value.shape[:1] != (layers,):
         raise UserError(

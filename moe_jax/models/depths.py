@@ -13,20 +13,21 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from moe_jax.layers.attention import AttentionContext, KVCache
+from moe_jax.layers.attention_context import AttentionContext
 from moe_jax.layers.parameters import parameter
 from moe_jax.models.block import Block
 from moe_jax.models.config import ModelConfig
 from moe_jax.models.depth_config import DepthScore
+from moe_jax.models.mixers import Cache
 from moe_jax.moe.layer import NO_INPUTS, MoEAux, RouterInputs, TokenInfo
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DepthCache:
-  """Keys and values of all tokens, and which of them the block took: (B, M) bool."""
+  """What the mixer keeps of all tokens, and which of them the block took: (B, M) bool."""
 
-  attention: KVCache
+  mixer: Cache
   taken: jax.Array
 
 
@@ -122,16 +123,16 @@ class DepthBlock(nnx.Module):
     # Each query sees itself, so that the softmax of a token that is not taken is defined.
     itself_LM = jnp.arange(keys_BM.shape[1])[None] == start + jnp.arange(x.shape[1])[:, None]
     visible = context.mask & (keys_BM[:, None, :] | itself_LM[None])
-    first, second, attention, moe = self.block.branches(
+    first, second, mixer_cache, moe = self.block.branches(
       x,
       dataclasses.replace(context, mask=visible),
       dataclasses.replace(tokens, mask=taken_BL),
-      None if cache is None else cache.attention,
+      None if cache is None else cache.mixer,
       inputs=inputs,
       key=None,
       train=False,
     )
-    cache = None if cache is None else DepthCache(attention, keys_BM)
+    cache = None if cache is None else DepthCache(mixer_cache, keys_BM)
     return x + _scaled(first + second, weight_BL, taken_BL), cache, moe
 
 
@@ -169,10 +170,19 @@ def _scaled(change, weight, taken):
 
 def _among(context: AttentionContext, index_BC: jax.Array) -> AttentionContext:
   """Returns the context of some of the tokens, with their own positions."""
-  mask_BCL = _gather(context.mask, index_BC)
-  mask_BCC = jnp.take_along_axis(mask_BCL, index_BC[:, None, :], axis=2)
-  rotary = jax.tree.map(lambda a: _gather(a, index_BC), context.rotary)
-  return AttentionContext(rotary, mask_BCC)
+
+  def of_tokens(a_BL):
+    return _gather(a_BL, index_BC)
+
+  def of_pairs(a_BLL):
+    return jnp.take_along_axis(of_tokens(a_BLL), index_BC[:, None, :], axis=2)
+
+  return AttentionContext(
+    rotary=jax.tree.map(of_tokens, context.rotary),
+    mask=of_pairs(context.mask),
+    query_scale=jax.tree.map(of_tokens, context.query_scale),
+    buckets=jax.tree.map(of_pairs, context.buckets),
+  )
 
 
 def _gather(a, index_BC):

@@ -19,7 +19,7 @@ class MoEStack:
 
 
 def moe_stacks(config: ModelConfig) -> list[MoEStack]:
-  """Returns the stacks of a model's MoE layers, in the order of the blocks."""
+  """Returns the stacks of a model's MoE layers, in the order of `moe_layers(train=True)`."""
   stacks, first = [], 0
   for index, segment in enumerate(config.parsed_segments()):
     blocks = [block for block, kind in enumerate(segment.pattern) if kind[1] == "moe"]
@@ -30,4 +30,8 @@ def moe_stacks(config: ModelConfig) -> list[MoEStack]:
       path = ("segments", index, "blocks", block, *inner, "feed_forward")
       stacks.append(MoEStack(path, tuple(layers)))
     first += len(blocks) * segment.repeats
+  if config.layers()[-1][1] == "moe":
+    for depth in range(config.mtp_depth):
+      path = ("mtp", depth, "segment", "blocks", 0, "feed_forward")
+      stacks.append(MoEStack(path, (first + depth,)))
   return stacks

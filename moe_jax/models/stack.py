@@ -5,14 +5,18 @@ from typing import Any
 import jax
 from flax import nnx
 
-from moe_jax.layers.attention import AttentionContext, KVCache
+from moe_jax.layers.attention_context import AttentionContext
 from moe_jax.models.block import Block
 from moe_jax.models.config import ModelConfig, Remat, Segment
 from moe_jax.models.depths import DepthAux, DepthBlock, DepthCache
+from moe_jax.models.mixers import Cache
 from moe_jax.moe.layer import NO_INPUTS, MoEAux, RouterInputs, TokenInfo
 
 # One cache a block of the pattern, each stacked over the repeats; None without a cache.
-SegmentCache = tuple[KVCache | DepthCache | None, ...] | None
+SegmentCache = tuple[Cache | DepthCache | None, ...] | None
+
+# What a block tells of its experts, or of the tokens that took it.
+Record = MoEAux | DepthAux
 
 _REMAT_POLICIES = {
   Remat.FULL: None,
@@ -28,6 +32,7 @@ class ScannedSegment(nnx.Module):
 
   def __init__(self, config: ModelConfig, segment: Segment, *, key: jax.Array):
     self.remat, self.unroll = config.remat, config.scan_unroll
+    self.mixers = tuple(kind[0] for kind in segment.pattern)
 
     def pattern(key):
       keys = jax.random.split(key, len(segment.pattern))
@@ -45,27 +50,28 @@ class ScannedSegment(nnx.Module):
   def __call__(
     self,
     x: jax.Array,
-    context: AttentionContext,
+    contexts: dict[str, AttentionContext],
     tokens: TokenInfo,
     cache: SegmentCache,
     *,
     inputs: RouterInputs = NO_INPUTS,
     key: jax.Array | None,
     train: bool,
-  ) -> tuple[jax.Array, SegmentCache, list[MoEAux | DepthAux]]:
+  ) -> tuple[jax.Array, SegmentCache, list[Record]]:
     """Runs the segment; returns x, the new cache and a record a MoE or depth block, in order.
 
-    `inputs` has a leading axis of the segment's MoE layers.
+    `contexts` holds that of every mixer word; `inputs` has a leading axis of the segment's MoE
+    layers.
     """
     graphdef, state = nnx.split(self.blocks)
     keys = None if key is None else jax.random.split(key, self.repeats)
-
+    own = [contexts[word] for word in self.mixers]
     by_repeat = jax.tree.map(lambda a: a.reshape(self.repeats, -1, *a.shape[1:]), inputs)
 
     def body(x, per_repeat):
       state, cache, inputs, key = per_repeat
       blocks = nnx.merge(graphdef, state)
-      return _run_pattern(blocks, x, context, tokens, cache, inputs=inputs, key=key, train=train)
+      return _run_pattern(blocks, x, own, tokens, cache, inputs=inputs, key=key, train=train)
 
     if self.remat != Remat.NONE:
       body = jax.checkpoint(body, policy=_REMAT_POLICIES[self.remat])
@@ -78,11 +84,11 @@ def _make_block(config: ModelConfig, kind: tuple[str, ...], key: jax.Array) -> B
   return (DepthBlock if kind[2:] else Block)(config, kind, key=key)
 
 
-def _run_pattern(blocks, x, context, tokens, cache, *, inputs, key, train):
+def _run_pattern(blocks, x, contexts, tokens, cache, *, inputs, key, train):
   keys = [None] * len(blocks) if key is None else jax.random.split(key, len(blocks))
   caches = (None,) * len(blocks) if cache is None else cache
   new_caches, records, layer = [], [], 0
-  for block, block_cache, block_key in zip(blocks, caches, keys, strict=True):
+  for block, context, block_cache, block_key in zip(blocks, contexts, caches, keys, strict=True):
     own = _take(inputs, layer) if block.has_experts else NO_INPUTS
     layer += block.has_experts
     x, new_cache, aux = block(

@@ -25,7 +25,8 @@ from moe_jax.moe.moves import Moves, collect, look_up, spread
 from moe_jax.moe.options import WeightOn
 
 # network(rows (M, D), weights, key or None, product, last_product) -> rows (M, D). A product maps
-# rows and a weight to rows; the weights are those of one expert or, to other products, of all.
+# rows, a weight and perhaps a bias to rows; they are those of one expert or, to other products, of
+# all.
 Network = Callable[[jax.Array, Any, jax.Array | None, Product, Product], jax.Array]
 
 
@@ -61,8 +62,8 @@ def grouped_experts(
   """Sums, for every token, its experts' outputs times their combine weights.
 
   Args:
-    network: one expert as a function of rows, each on its own, without biases. It multiplies by
-      weights only through `product`, and makes its result by `last_product`. `blocked` calls it
+    network: one expert as a function of rows, each on its own. It multiplies by weights and adds
+      biases only through `product`, and makes its result by `last_product`. `blocked` calls it
       with the weights of one expert, the other kernels once with those of all.
     x: (T, D) tokens.
     weight: (N,) the combine weight of each assignment, used in float32.
@@ -88,14 +89,21 @@ def grouped_experts(
     arrays = x, weight, moves, rows_per_expert, weights, keys
     return blocked_experts(network, blocks, weight_on, *arrays)
 
-  def product(rows, weights):
-    return grouped_dot(_KERNELS[kernel], rows, weights, rows_per_expert)
+  def product(rows, weights, bias=None):
+    y = grouped_dot(_KERNELS[kernel], rows, weights, rows_per_expert)
+    return y if bias is None else y + _by_row(bias, rows_per_expert, rows.shape[0])
 
   rows, weight = spread(x, moves), weight.astype(jnp.float32)
   if weight_on == WeightOn.INPUT:
     rows = (rows.astype(jnp.float32) * look_up(weight, moves.assignment)[:, None]).astype(x.dtype)
     weight = jnp.ones_like(weight)
   return collect(network(rows, weights, key, product, product), weight, moves)
+
+
+def _by_row(bias_EF: jax.Array, rows_per_expert: jax.Array, num_rows: int) -> jax.Array:
+  """Returns each row's expert's bias, (R, F); zeros in the rows beyond the groups."""
+  ends = jnp.cumsum(rows_per_expert)
+  return look_up(bias_EF, jnp.searchsorted(ends, jnp.arange(num_rows), side="right"))
 
 
 def resolve_kernel(kernel: GroupedKernel) -> GroupedKernel:

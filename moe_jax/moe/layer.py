@@ -41,6 +41,7 @@ class MoEConfig:
     hidden_dim: F of one expert; fine-grained experts (DeepSeekMoE) are many small ones.
     gated, activation: the expert network, see `FeedForwardConfig`.
     expert_dropout: dropout inside experts (Switch fine-tunes with 0.4 here and 0.1 elsewhere).
+    expert_bias, clamp: biases and clamping inside experts, see `FeedForwardConfig`.
     shared_hidden_dim: hidden width of the shared experts together, which every token visits; 0
       for none. n shared experts of width F are one network of width n * F.
     shared_combine: how the shared experts' output is added.
@@ -55,6 +56,8 @@ class MoEConfig:
   gated: bool = False
   activation: Activation = Activation.RELU
   expert_dropout: float = 0.0
+  expert_bias: bool = False
+  clamp: float | None = None
   shared_hidden_dim: int = 0
   shared_combine: SharedCombine = SharedCombine.ADD
   router_jitter: float = 0.0
@@ -106,7 +109,14 @@ class MoEConfig:
 
   def feed_forward(self) -> FeedForwardConfig:
     """Returns the config of one expert."""
-    return FeedForwardConfig(self.hidden_dim, self.gated, self.activation, self.expert_dropout)
+    return FeedForwardConfig(
+      self.hidden_dim,
+      self.gated,
+      self.activation,
+      self.expert_dropout,
+      self.expert_bias,
+      self.clamp,
+    )
 
   def shared_feed_forward(self) -> FeedForwardConfig:
     """Returns the config of the shared experts as one network."""

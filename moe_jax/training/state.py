@@ -109,7 +109,7 @@ def _initial(config, optimizer, seed, repair) -> TrainState:
   _, params, router_state = nnx.split(model, nnx.Param, RouterState)
   window = None
   if repair.every:
-    shape = len(config.moe_layers()), config.moe.routing.num_experts
+    shape = len(config.moe_layers(train=True)), config.moe.routing.num_experts
     window = RepairState(jnp.zeros(shape, jnp.float32), jnp.int32(0))
   return TrainState(jnp.int32(0), params, router_state, optimizer.init(params), window)
 

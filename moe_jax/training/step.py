@@ -61,6 +61,23 @@ def token_nll(model, batch: Batch, **call: Any) -> tuple[jax.Array, ModelAux]:
   return jnp.sum(nll * batch["loss_mask"]), aux
 
 
+def multi_token_nll(aux: ModelAux, batch: Batch) -> jax.Array:
+  """Returns the mean over depths of their summed negative log-likelihoods (nats); 0 without.
+
+  DeepSeek-V3, arXiv 2412.19437 Eqs. 24 and 25. Depth k at a place predicts the target k places on,
+  where that belongs to the same document.
+  """
+  total = jnp.float32(0.0)
+  for depth, logits in enumerate(aux.mtp_logits, start=1):
+    segments = batch["segment_ids"]
+    same = segments[:, depth:] == segments[:, :-depth]
+    nll = optax.softmax_cross_entropy_with_integer_labels(
+      logits[:, :-depth], batch["targets"][:, depth:]
+    )
+    total += jnp.sum(nll * batch["loss_mask"][:, depth:] * same)
+  return total / max(1, len(aux.mtp_logits))
+
+
 def make_train_step(
   config: ExperimentConfig, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -70,7 +87,8 @@ def make_train_step(
   microbatches. Router losses are means over a microbatch, and are averaged over microbatches
   weighted by the tokens they count: so those that are means over tokens (z-loss, and load balance
   under `balance_scope = global_batch`) are exactly those of the whole batch. Router state is
-  updated once, from what the whole step routed. Metrics are those of the whole step: ratios of
+  updated once, from what the whole step routed. The loss of multi-token prediction is divided by
+  all targets too, as in its paper. Metrics are those of the whole step: ratios of
   sums, not means of ratios; those of router state are read after its update.
   """
   graph = model_graph(config.model)
@@ -80,8 +98,9 @@ def make_train_step(
     model = nnx.merge(graph, params, router_state)
     inputs = RouterInputs(global_load=global_load)
     nll, aux = token_nll(model, batch, train=True, key=key, router_inputs=inputs)
-    loss = nll / num_targets
-    return loss + aux.weighted_loss * share.losses, _summands(loss, aux, share)
+    loss, further = nll / num_targets, multi_token_nll(aux, batch) / num_targets
+    total = loss + config.model.mtp_loss_weight * further + aux.weighted_loss * share.losses
+    return total, _summands(loss, aux, share) | {"mtp_loss": further}
 
   def gradient(state: TrainState, batch: Batch, parts: Microbatches):
     num_targets = jnp.maximum(jnp.sum(batch["loss_mask"]), 1)
@@ -105,6 +124,7 @@ def make_train_step(
     state = repair_cold_experts(state, optimizer, config)
     metrics = {
       "loss": summed["loss"],
+      **({"mtp_loss": summed["mtp_loss"]} if config.model.mtp_depth else {}),
       "grad_norm": optax.tree.norm(grads),
       "learning_rate": schedule(state.step - 1),
       **_depth_metrics(summed["depths"], config),
@@ -208,7 +228,7 @@ def _router_metrics(
     | {"max_violation_floor": floor, **own}
     for layer, own in zip(layers, state_metrics(state.router_state, config.model), strict=True)
   ]
-  for index, layer in zip(config.model.moe_layers(), logged, strict=True):
+  for index, layer in zip(config.model.moe_layers(train=True), logged, strict=True):
     metrics.update({f"moe/layer_{index}/{name}": value for name, value in layer.items()})
   for name in logged[0]:
     if name != "load":

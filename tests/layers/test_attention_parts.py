@@ -1,23 +1,22 @@
 """Attention's mask by hand, its parts against the loops, and the dropout function."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from comparison import relative_error
 from flax import nnx
-from oracles import language_model
+from oracles import language_model, networks
 
-from moe_jax.layers.attention import (
-  Attention,
-  AttentionConfig,
-  AttentionContext,
-  attend,
-  attention_mask,
-)
+from moe_jax.layers.attend import attend
+from moe_jax.layers.attention import Attention
+from moe_jax.layers.attention_config import AttentionConfig
+from moe_jax.layers.attention_context import Places, attention_mask
 from moe_jax.layers.dropout import dropout, split_key
 from moe_jax.layers.mlp import Activation, FeedForwardConfig, feed_forward
-from moe_jax.layers.norms import RMSNorm
+from moe_jax.layers.norms import Norm, make_norm
 from moe_jax.layers.rotary import apply_rotary, rotary_table
 
 # Float32 against float64 over sums of tens of terms.
@@ -28,11 +27,16 @@ def random(*shape, seed=0):
   return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def mask_of(token_mask, window=None):
-  """The mask of a call without a cache: positions count the real tokens."""
+def places_of(token_mask, positions=None):
+  """The places of a call without a cache: positions count the real tokens unless given."""
   token_mask = jnp.asarray(token_mask)
-  positions = jnp.maximum(jnp.cumsum(token_mask, axis=1) - 1, 0)
-  return attention_mask(jnp.arange(token_mask.shape[1]), positions, token_mask, positions, window)
+  if positions is None:
+    positions = jnp.maximum(jnp.cumsum(token_mask, axis=1) - 1, 0)
+  return Places(jnp.arange(token_mask.shape[1]), positions, positions, token_mask)
+
+
+def mask_of(token_mask, **sight):
+  return attention_mask(places_of(token_mask), **sight)
 
 
 def test_attention_mask_by_hand():
@@ -62,8 +66,7 @@ def test_grouped_query_attention_equals_the_loops(num_kv_heads):
   config = AttentionConfig(num_heads=4, num_kv_heads=num_kv_heads, head_dim=6, rope_theta=50.0)
   layer = Attention(8, config, key=jax.random.key(0), scale=3.0)
   x, positions = random(1, 5, 8), np.array([[0, 2, 3, 7, 11]], np.int32)
-  rotary = rotary_table(jnp.asarray(positions), 6, 50.0)
-  context = AttentionContext(rotary, mask_of(np.ones((1, 5), bool)))
+  context = Attention.context(config, places_of(np.ones((1, 5), bool), jnp.asarray(positions)))
   y, cache = jax.jit(lambda x: layer(x, context))(jnp.asarray(x))
   assert cache is None
   weights = jax.tree.map(np.float64, nnx.to_pure_dict(nnx.state(layer)))
@@ -79,30 +82,44 @@ def test_rotary_equals_the_loops_far_from_the_start(theta):
   assert relative_error(y[0], language_model.rotary(x[0], positions[0], base=theta)) <= 6e-5
 
 
-def test_rms_norm_equals_the_loops_and_keeps_the_dtype():
-  norm = RMSNorm(6, epsilon=0.1)
-  norm.scale.set_value(jnp.asarray(random(6, seed=1)))
-  x = random(4, 6)
-  expected = language_model.rms_norm(x, random(6, seed=1), epsilon=0.1)
+GATED = [FeedForwardConfig(5, gated=True, activation=each) for each in Activation]
+NETWORKS = [
+  *GATED,
+  *(FeedForwardConfig(5, activation=each) for each in ("relu", "gelu", "gelu_exact", "silu")),
+  *(dataclasses.replace(each, bias=True, clamp=0.4) for each in GATED),
+  FeedForwardConfig(5, activation="relu", bias=True),
+]
+
+
+@pytest.mark.parametrize("config", NETWORKS, ids=str)
+def test_feed_forward_equals_the_loops(config):
+  shapes = {"up": (4, 5), "down": (5, 4)} | ({"gate": (4, 5)} if config.gated else {})
+  shapes |= {f"{name}_bias": shape[1:] for name, shape in shapes.items()} if config.bias else {}
+  weights = {name: random(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+  x = random(3, 4, seed=9)
+  y = feed_forward(jnp.asarray(x), jax.tree.map(jnp.asarray, weights), None, config)
+  weights = jax.tree.map(np.float64, weights)
+  options = str(config.activation), config.clamp
+  expected = [networks.network(x_D, weights, options[0], clamp=options[1]) for x_D in x]
+  assert relative_error(y, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("kind", list(Norm))
+def test_norms_equal_the_loops_and_keep_the_dtype(kind):
+  norm = make_norm(kind, 6, 0.1)
+  for index, param in enumerate(jax.tree.leaves(nnx.state(norm), is_leaf=is_variable)):
+    param.set_value(jnp.asarray(random(6, seed=index)))
+  tree = jax.tree.map(np.float64, nnx.to_pure_dict(nnx.state(norm)))
+  x = random(4, 6, seed=7)
+  centred = x - (0.0 if kind == "rmsnorm" else np.mean(x, axis=1, keepdims=True))
+  expected = language_model.rms_norm(centred, tree["scale"], epsilon=0.1) + tree.get("bias", 0.0)
   assert relative_error(norm(jnp.asarray(x)), expected) <= TOLERANCE
   assert norm(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
+  assert ("bias" in tree) == (kind == "layernorm")
 
 
-@pytest.mark.parametrize("activation", list(Activation))
-@pytest.mark.parametrize("gated", [False, True])
-def test_feed_forward_equals_the_loops(gated, activation):
-  names = ("gate", "up", "down") if gated else ("up", "down")
-  shapes = {"gate": (4, 5), "up": (4, 5), "down": (5, 4)}
-  weights = {name: random(*shapes[name], seed=i) for i, name in enumerate(names)}
-  theirs = {"wo": weights["down"], ("wi_up" if gated else "wi"): weights["up"]}
-  theirs |= {"wi_gate": weights["gate"]} if gated else {}
-  x = random(3, 4, seed=9)
-  config = FeedForwardConfig(5, gated=gated, activation=activation)
-  y = feed_forward(jnp.asarray(x), jax.tree.map(jnp.asarray, weights), None, config)
-  expected = language_model.dense_ffn(
-    x.astype(np.float64), jax.tree.map(np.float64, theirs), str(activation)
-  )
-  assert relative_error(y, expected) <= TOLERANCE
+def is_variable(node):
+  return isinstance(node, nnx.Variable)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -7,7 +7,7 @@ import pytest
 from tiny_models import tiny_config, tiny_routing
 
 from moe_jax.errors import UserError
-from moe_jax.layers.attention import AttentionConfig
+from moe_jax.layers.attention_config import AttentionConfig
 from moe_jax.layers.mlp import Activation, FeedForwardConfig
 from moe_jax.models import ModelConfig, Remat
 from moe_jax.models.depth_config import DepthConfig
@@ -65,7 +65,7 @@ REFUSED = [
   (moe, dict(expert_dropout=1.0), r"expert_dropout = 1.0 .* \[0, 1\)"),
   (moe, dict(router_jitter=-0.1), r"router_jitter = -0.1 .* \[0, 1\)"),
   (moe, dict(dispatch="gathr"), "dispatch = 'gathr' .* did you mean 'gather'"),
-  (moe, dict(activation="tanh"), "activation = 'tanh' is not one of relu, gelu, silu"),
+  (moe, dict(activation="tanh"), "activation = 'tanh' is not one of relu, gelu, gelu_exact, silu"),
 ]
 
 
@@ -78,7 +78,7 @@ def test_refused_in_one_sentence(make, given, message):
 
 def test_a_moe_block_without_moe_is_refused():
   config = tiny_config()
-  with pytest.raises(UserError, match="has a moe block but moe is None"):
+  with pytest.raises(UserError, match="has moe blocks but moe is None"):
     ModelConfig(
       vocab_size=4,
       model_dim=8,

@@ -34,7 +34,7 @@ def oracle_options(config, length=L):
     routing = config.moe.routing
     route = dict(top_k=routing.top_k, capacity=length, weighting=str(routing.weighting))
   return dict(
-    activation=str(config.mlp.activation),
+    activation=str((config.mlp or config.moe).activation),
     route=route,
     base=config.attention.rope_theta,
     epsilon=config.norm_epsilon,

@@ -21,8 +21,8 @@ from tiny_models import (
 )
 
 from moe_jax.errors import UserError
-from moe_jax.layers.attention import AttentionContext, attention_mask
-from moe_jax.layers.rotary import rotary_table
+from moe_jax.layers.attention import Attention
+from moe_jax.layers.attention_context import Places
 from moe_jax.models import DepthConfig
 from moe_jax.models.depths import DepthBlock
 from moe_jax.moe.layer import RouterInputs, TokenInfo
@@ -141,14 +141,13 @@ def run_single_block(capacity):
   """Returns x, what a depth block and the ordinary block in it make of it, and the record."""
   config = depth_config((("attention:dense:depth", 1),), capacity=capacity)
   positions = jnp.broadcast_to(jnp.arange(L), (2, L))
-  mask = attention_mask(jnp.arange(L), positions, jnp.asarray(ALL), positions, None)
-  c = config.attention
+  places = Places(jnp.arange(L), positions, positions, jnp.asarray(ALL))
 
   @jax.jit
   def both(key):
     block = DepthBlock(config, ("attention", "dense", "depth"), key=key)
     x = jax.random.normal(key, (2, L, config.model_dim))
-    context = AttentionContext(rotary_table(positions, c.head_dim, c.rope_theta), mask)
+    context = Attention.context(config.attention, places)
     call = x, context, TokenInfo(jnp.asarray(ALL)), None
     inputs = RouterInputs()
     y, _, aux = block(*call, inputs=inputs, key=None, train=True)

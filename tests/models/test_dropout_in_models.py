@@ -12,7 +12,7 @@ from flax import nnx
 from tiny_models import DENSE, MOE, random_model, random_tokens, run, tiny_config
 
 from moe_jax.errors import UserError
-from moe_jax.layers.attention import AttentionContext
+from moe_jax.layers.attention_context import AttentionContext
 from moe_jax.layers.rotary import rotary_table
 from moe_jax.models.stack import ScannedSegment
 
@@ -106,8 +106,8 @@ def test_repeats_of_a_scan_draw_different_masks():
   x = jax.random.normal(KEYS[1], (4, 16, 8))
   mask = jnp.ones((4, 16), bool)
   rotary = rotary_table(jnp.zeros((4, 16), jnp.int32), 4, 1.0)
-  context = AttentionContext(rotary, jnp.tril(jnp.ones((4, 16, 16), bool)))
-  call = jax.jit(lambda key: segment(x, context, mask, None, key=key, train=True)[0] - x)
+  contexts = {"attention": AttentionContext(rotary, jnp.tril(jnp.ones((4, 16, 16), bool)))}
+  call = jax.jit(lambda key: segment(x, contexts, mask, None, key=key, train=True)[0] - x)
   both = call(None)
   kept = np.round(np.asarray(call(KEYS[1]) / both)[np.abs(both) > 1e-5])
   # Each mask keeps half and doubles it: 0, 1 or 2 times the sum of both, with shares 1/4, 1/2, 1/4.

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from tiny_models import DENSE, MOE, random_parameters, tiny_config, tiny_routing
 
-from moe_jax.layers.attention import AttentionConfig
+from moe_jax.layers.attention_config import AttentionConfig
 from moe_jax.layers.mlp import FeedForwardConfig
 from moe_jax.layers.parameters import LOGICAL_AXES, logical_axes, parameter
 from moe_jax.models import Decoder, ModelConfig

@@ -108,20 +108,17 @@ def allowed(row) -> bool:
   # A norm over one choice gives 1, up to rounding.
   if config.priority == "weight" and config.weight_norm_order != 1.0:
     return False
-  if sums_in_its_own_order(config) and config.granularity == "segment":
+  # Tokens of a segment share their scores; experts that do not follow from these come in any order,
+  # and so do the terms of the sum that a weight is divided by.
+  if config.priority == "weight" and config.granularity == "segment" and unordered(config):
     return False
   # sqrt(softplus) is positive, however small; no float shows it.
   return config.selection != "positive" or config.score != "sqrt_softplus"
 
 
-def sums_in_its_own_order(config) -> bool:
-  """Tells whether tokens are served by weights whose norm adds equal scores in different orders.
-
-  Such weights tie but for a rounding: these routers are not given tokens with equal scores.
-  """
-  divided = config.weighting in ("renormalized", "renormalized_after_drop", "softmax_selected")
-  shuffled = config.selection in ("sample", "random", "hash", "table")
-  return config.priority == "weight" and divided and shuffled and config.top_k > 2
+def unordered(config: RoutingConfig) -> bool:
+  """Tells whether tokens with the same scores may ask for the same experts in another order."""
+  return config.selector.draws or not config.selector.learned
 
 
 def show(config: RoutingConfig) -> str:
@@ -192,7 +189,10 @@ TIED_CASES = tuple((kind, "right") for kind in ("equal", "tied_experts", "tied_t
 def cases_of(config: RoutingConfig):
   """Returns kinds of logits with kinds of masks; noise would break ties, and be lost at -1e9."""
   noisy = trains(config) and config.noise != "none"
-  return PLAIN_CASES + (() if noisy or sums_in_its_own_order(config) else TIED_CASES)
+  divided = config.weighting in ("renormalized", "renormalized_after_drop", "softmax_selected")
+  # Equal scores give weights that tie but for the order in which their divisor adds them.
+  rounded = config.priority == "weight" and divided and unordered(config)
+  return PLAIN_CASES + (() if noisy or rounded else TIED_CASES)
 
 
 def logits_of(kind: str, shape, seed: int):
@@ -228,7 +228,7 @@ def grouped_case(config: RoutingConfig, kind: str, mask, key, *, train: bool, le
   The first of a few seeds whose narrowest decision is wider than ROUTING_MARGIN.
   """
   shape = (B, length, config.num_logits)
-  for seed in range(3000):
+  for seed in range(2000):
     more = more_of(config, shape, seed)
     arrays = (logits_of(kind, shape, seed), mask, *more.values())
     logits, grouped_mask, *rest = (split_groups(a, config) for a in arrays)

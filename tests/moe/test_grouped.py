@@ -33,7 +33,7 @@ SIZES = {
   "rows_beyond_the_sum": (3, 0, 9, 2),
   "nobody": (0, 0, 0, 0),
 }
-NETWORK = FeedForwardConfig(F, gated=True, activation=Activation.SILU)
+NETWORK = FeedForwardConfig(F, gated=True, activation=Activation.SILU, bias=True)
 
 
 def network(x, w, key, product, last_product):
@@ -53,14 +53,15 @@ def make_moves(sizes, top_k=K):
 
 def make(num_tokens=T):
   """Returns tokens, combine weights, expert weights and a cotangent."""
-  keys = jax.random.split(jax.random.key(0), 6)
+  keys = jax.random.split(jax.random.key(0), 9)
   shapes = {"gate": (E, D, F), "up": (E, D, F), "down": (E, F, D)}
+  biases = {"gate_bias": (E, F), "up_bias": (E, F), "down_bias": (E, D)}
   weights = {
     name: jax.random.normal(key, shape)
-    for key, (name, shape) in zip(keys, shapes.items(), strict=False)
+    for key, (name, shape) in zip(keys[3:], (shapes | biases).items(), strict=True)
   }
-  x = jax.random.normal(keys[3], (num_tokens, D))
-  return x, jax.random.uniform(keys[4], (N,)), weights, jax.random.normal(keys[5], x.shape)
+  x = jax.random.normal(keys[0], (num_tokens, D))
+  return x, jax.random.uniform(keys[1], (N,)), weights, jax.random.normal(keys[2], x.shape)
 
 
 def loop(x, weight, weights, moves, sizes):

@@ -127,14 +127,17 @@ def test_a_group_of_padding_is_left_out_of_the_mean(scope):
   assert balance(probs, experts, mask, balance_scope=scope) == pytest.approx(1.0)
 
 
-def test_f_of_what_was_dispatched_is_smaller_than_f_of_what_was_asked():
+@pytest.mark.parametrize("fraction", ["first_choice", "all_choices"])
+def test_f_of_what_was_dispatched_is_smaller_than_f_of_what_was_asked(fraction):
   logits = draw_logits(0, (1, S, E))
   asked, sent = (
-    routed(logits, config_of(capacity=1, balance_fraction="all_choices", balance_source=source))
+    routed(logits, config_of(capacity=1, balance_fraction=fraction, balance_source=source))
     for source in ("selection", "dispatch")
   )
   probs = np.asarray(jax.nn.softmax(jnp.asarray(logits)))[0]
   kept = np.asarray(sent.dispatch_mask()).any(axis=-1)[0]
+  if fraction == "first_choice":
+    kept &= np.asarray(jax.nn.one_hot(jnp.argmax(logits[0], axis=-1), E)) > 0
   expected = E * float(np.sum(kept.mean(axis=0) * probs.mean(axis=0)))
   assert float(sent.losses["load_balance"]) == pytest.approx(expected, rel=1e-5)
   assert float(sent.losses["load_balance"]) < 0.5 * float(asked.losses["load_balance"])

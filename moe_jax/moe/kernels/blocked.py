@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moe_jax.layers.mlp import affine
+from moe_jax.layers.parameters import like
 from moe_jax.moe.moves import Moves, look_up
 from moe_jax.moe.options import WeightOn
 
@@ -120,12 +122,13 @@ def _weighed(network, weight_on, key, rows, scale, weights):
   """Returns the network's rows, or those of rows, times `scale` (M,), in float32."""
   if weight_on == WeightOn.INPUT:
     rows = (rows.astype(jnp.float32) * scale[:, None]).astype(rows.dtype)
-    return network(rows, weights, key, jnp.matmul, jnp.matmul).astype(jnp.float32)
+    return network(rows, weights, key, affine, affine).astype(jnp.float32)
 
-  def last_product(hidden, weight):
-    return _scaled_matmul(hidden, weight, scale)
+  def last_product(hidden, weight, bias=None):
+    out = _scaled_matmul(hidden, weight, scale)
+    return out if bias is None else out + like(bias, out) * scale[:, None]
 
-  return network(rows, weights, key, jnp.matmul, last_product).astype(jnp.float32)
+  return network(rows, weights, key, affine, last_product).astype(jnp.float32)
 
 
 @jax.custom_vjp
