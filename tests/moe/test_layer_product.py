@@ -135,8 +135,8 @@ def error_of(config, form, state, x, mask, seed):
 def test_layer_equals_the_oracle_for_every_kind_of_plan(
   form, selection, monkeypatch, record_property
 ):
-  # Small blocks, so that experts end in the middle of one.
-  monkeypatch.setattr(grouped, "block_rows", lambda num_rows, num_experts: 3)
+  # Short blocks, so that experts need several and end in the middle of one.
+  monkeypatch.setattr(grouped, "block_lengths", lambda num_rows, num_experts: (4, 2))
   start, configs, results = time.process_time(), list(configs_of(selection)), []
   for config in configs:
     results += compared(config, form)
