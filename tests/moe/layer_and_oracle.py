@@ -131,10 +131,10 @@ def named_gradients(config, d_kernel, d_experts, d_shared):
   return tree
 
 
-def run_and_compare(config, form, state, x, mask_name):
-  """Compares everything; returns y and the gradients by state and by x."""
+def run_and_compare(config, form, state, x, mask_name, seed=1):
+  """Compares everything, the gradients of a random cotangent; returns y and these gradients."""
   mask = np.array(MASKS[mask_name], bool)
-  cotangent = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
+  cotangent = np.random.default_rng(seed).normal(size=x.shape).astype(np.float32)
   y, dstate, dx = compiled_layer(config, form)(state, x, mask, cotangent)
   params, grads = nnx.to_pure_dict(state), nnx.to_pure_dict(dstate)
   expected = oracle_layer(config, params, x, mask, cotangent)
