@@ -25,6 +25,9 @@ Written by `make test-full` (`tests/full_report.py`) from [full_results.json](fu
 - `test_layer_product`: output and all gradients of the layer against the same loops, within 1e-5 of
   each tensor's largest entry, for one of two random cotangents. A config is a kind of plan in one
   form of dispatch.
+
+A part is complete with six tests of `test_routing_product` (one a weighting; nine parts) or four of
+`test_layer_product` (one a selection; three parts). Parts that are not listed have not been run.
 """
 COLUMNS = ("test", "part", "configs", "inputs", "passed", "failed", "CPU seconds", "commit")
 

@@ -129,14 +129,24 @@ def error_of(config, form, state, x, mask, seed):
     return str(error)
 
 
+@pytest.fixture
+def short_blocks(monkeypatch):
+  """Makes experts need several blocks, and end in the middle of one."""
+  monkeypatch.setattr(grouped, "block_lengths", lambda num_rows, num_experts: (4, 2))
+
+
+@pytest.mark.usefixtures("short_blocks")
+def test_layer_equals_the_oracle_for_the_last_kind_of_plan():
+  # The product below is run rarely, and must not rot meanwhile.
+  *_, config = configs_of("top_k")
+  assert not any(compared(config, Dispatch.RAGGED))
+
+
 @pytest.mark.full
+@pytest.mark.usefixtures("short_blocks")
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("form", Dispatch)
-def test_layer_equals_the_oracle_for_every_kind_of_plan(
-  form, selection, monkeypatch, record_property
-):
-  # Short blocks, so that experts need several and end in the middle of one.
-  monkeypatch.setattr(grouped, "block_lengths", lambda num_rows, num_experts: (4, 2))
+def test_layer_equals_the_oracle_for_every_kind_of_plan(form, selection, record_property):
   start, configs, results = time.process_time(), list(configs_of(selection)), []
   for config in configs:
     results += compared(config, form)
