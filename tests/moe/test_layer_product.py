@@ -22,6 +22,9 @@ from moe.layer_and_oracle import (
 from moe_jax.errors import UserError
 from moe_jax.moe import Dispatch, MoEConfig, RoutingConfig, grouped
 
+# The router's gradients are of order 1 here. Among thousands of inputs there are some where they
+# cancel to far less, or to 0, and float32 has rounded the terms at their own size.
+ROUTER_FLOOR = 0.1
 # What a plan looks like: how many ask, who does not, who is moved, dropped or null.
 PLANS = {
   # E and K: nothing to choose (E = 1), one choice, two, all experts.
@@ -113,20 +116,11 @@ def compared(config, form):
   # There are thousands of programs.
   compiled_layer.cache_clear()
   for number, (state, x, mask) in enumerate(inputs_of(config)):
-    errors = [error_of(config, form, state, x, mask, seed) for seed in (1, 2)]
-    yield f"input {number}, mask {mask}, {config}: {errors}" if all(errors) else None
-
-
-def error_of(config, form, state, x, mask, seed):
-  """Returns how the layer differs from the oracle for one cotangent, or None.
-
-  Of thousands of cotangents a few make a tiny gradient of large terms, which are rounded at their
-  own size. A wrong derivative is wrong for two of them.
-  """
-  try:
-    run_and_compare(config, form, state, x, mask, seed)
-  except AssertionError as error:
-    return str(error)
+    try:
+      run_and_compare(config, form, state, x, mask, ROUTER_FLOOR)
+      yield None
+    except AssertionError as error:
+      yield f"input {number}, mask {mask}, {config}: {error}"
 
 
 @pytest.fixture
