@@ -16,7 +16,7 @@ CONFIG = tiny_config(
 )
 # A model that does not repeat itself.
 MODEL = random_model(CONFIG, 2)
-LENGTH, NEW = 5, 3
+LENGTH, NEW = 5, 2
 PROMPTS = random_tokens(CONFIG, 2, LENGTH)
 
 
