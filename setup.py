@@ -26,13 +26,17 @@ _REQUIREMENTS = [
   "tensorflow-datasets>=4.9.10",
 ]
 
+# Reads the tokenizer.json of a Hugging Face checkpoint.
+_TOKENIZERS = "tokenizers>=0.22"
+
 _EXTRAS = {
   # cuda13 needs an NVIDIA driver of series 580 or later; cuda12 runs on older ones.
   "gpu": [f"jax[cuda13]{_JAX}"],
   "gpu-cuda12": [f"jax[cuda12]{_JAX}"],
   "tpu": [f"jax[tpu]{_JAX}", "gcsfs"],
   "tensorboard": ["tensorboardX>=2.6.5"],
-  "dev": ["pytest>=9.0", "pytest-xdist>=3.8", "ruff>=0.17", "tensorboardX>=2.6.5"],
+  "hf": [_TOKENIZERS],
+  "dev": ["pytest>=9.0", "pytest-xdist>=3.8", "ruff>=0.17", "tensorboardX>=2.6.5", _TOKENIZERS],
 }
 
 setup(

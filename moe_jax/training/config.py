@@ -9,7 +9,7 @@ from moe_jax.config import dataclass_from, import_modules, section
 from moe_jax.data.config import DataConfig
 from moe_jax.data.tokenizers import get_tokenizer
 from moe_jax.errors import UserError
-from moe_jax.inference.generate import check_sampling
+from moe_jax.inference.sampling import check_sampling
 from moe_jax.models import ModelConfig
 from moe_jax.moe import MoEConfig, Overflow
 from moe_jax.moe.registry import Chooser

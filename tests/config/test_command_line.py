@@ -128,8 +128,12 @@ def test_defaults_and_types_of_plain_flags():
   assert vars(args) == {
     "workdir": "a",
     "prompt": "--- it was",
+    "checkpoint": None,
+    "dtype": "float32",
     "max_new_tokens": 200,
     "temperature": 0.8,
+    "top_k": None,
+    "top_p": None,
     "seed": 7,
   }
 
