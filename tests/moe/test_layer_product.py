@@ -22,8 +22,8 @@ from moe.layer_and_oracle import (
 from moe_jax.errors import UserError
 from moe_jax.moe import Dispatch, MoEConfig, RoutingConfig, grouped
 
-# The router's gradients are between 0.2 and 7 for most inputs, and sum larger terms. Among thousands
-# there are some where the terms cancel, to 0 even; float32 has rounded them at their own size.
+# The router's gradients are between 0.2 and 7 for most inputs, and sum larger terms. Thousands of
+# inputs have some where the terms cancel, to 0 even; float32 has rounded them at their own size.
 ROUTER_FLOOR = 0.1
 # What a plan looks like: how many ask, who does not, who is moved, dropped or null.
 PLANS = {
