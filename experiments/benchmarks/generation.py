@@ -14,7 +14,6 @@ from flax import nnx
 
 from experiments.benchmarks import timing
 from moe_jax.layers.attention_config import AttentionConfig, LatentAttentionConfig
-from moe_jax.layers.mlp import FeedForwardConfig
 from moe_jax.models import Decoder, ModelConfig
 from moe_jax.moe import MoEConfig, preset
 from moe_jax.planning.flops import forward_flops_per_token

@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint: its ids, its text, where it ends, and `moe-jax generate` with it."""
+"""A checkpoint's tokenizer: ids, text, where it ends, and `moe-jax generate` with it."""
 
 import json
 import sys
