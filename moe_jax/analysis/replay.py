@@ -45,32 +45,19 @@ def replayed_loss(
   Raises:
     UserError: a trace that does not fit the model, or tokens outside its vocabulary.
   """
-  _check_fits(config, trace)
-  forced = config.with_routing(**_REPLAY).dropless()
+  forced = check_replay(config, trace)
   ids = [np.where(layer.kept, layer.expert, -1) for layer in trace.layers]
   inputs = RouterInputs(expert_ids=jnp.asarray(np.stack(ids), jnp.int32))
   return _loss(config.dropless(), model, trace, RouterInputs()), _loss(forced, model, trace, inputs)
 
 
-# A bias and expert groups steer a selection that is not made any more.
-_REPLAY = dict(selection="replay", bias_update="none", num_expert_groups=1, top_expert_groups=1)
+def check_replay(config: ModelConfig, trace: RoutingTrace) -> ModelConfig:
+  """Returns the config that forces a trace's experts on the parameters of a model of `config`.
 
-
-def _loss(config: ModelConfig, model: nnx.State, trace: RoutingTrace, inputs) -> float:
-  graph, model = part_of(config, model)
-
-  @jax.jit
-  def loss(model, tokens, mask, segments, inputs):
-    call = dict(token_mask=mask, segment_ids=segments, router_inputs=inputs)
-    logits = nnx.merge(graph, model)(tokens, **call)[:, :-1]
-    nll = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-    counted = mask[:, 1:] & mask[:, :-1] & (segments[:, 1:] == segments[:, :-1])
-    return jnp.sum(nll * counted) / jnp.maximum(jnp.sum(counted), 1)
-
-  return float(loss(model, trace.tokens, trace.token_mask, trace.segment_ids, inputs))
-
-
-def _check_fits(config: ModelConfig, trace: RoutingTrace) -> None:
+  Raises:
+    UserError: a trace that does not fit the model, tokens outside its vocabulary, or a router that
+      cannot weigh experts that another one selected.
+  """
   layers = len(config.moe_layers())
   if not layers or len(trace.layers) != layers:
     raise UserError(
@@ -90,3 +77,38 @@ def _check_fits(config: ModelConfig, trace: RoutingTrace) -> None:
     raise UserError(
       f"the trace has token id {trace.tokens.max()}; the model's vocabulary is {config.vocab_size}"
     )
+  forced = config.with_routing(**_REPLAY).dropless()
+  if forced.moe.routing.num_logits != routing.num_logits:
+    raise UserError(
+      f"selection = {routing.selection} has {routing.num_logits} logits for num_experts ="
+      f" {routing.num_experts}: its router cannot weigh experts that a trace forces"
+    )
+  return forced
+
+
+# What steers, reroutes or judges a selection that is not made any more.
+_REPLAY = dict(
+  selection="replay",
+  bias_update="none",
+  num_expert_groups=1,
+  top_expert_groups=1,
+  overflow="dropless",
+  capacity=None,
+  load_loss_weight=0.0,
+  device_loss_weight=0.0,
+  communication_loss_weight=0.0,
+)
+
+
+def _loss(config: ModelConfig, model: nnx.State, trace: RoutingTrace, inputs) -> float:
+  graph, model = part_of(config, model)
+
+  @jax.jit
+  def loss(model, tokens, mask, segments, inputs):
+    call = dict(token_mask=mask, segment_ids=segments, router_inputs=inputs)
+    logits = nnx.merge(graph, model)(tokens, **call)[:, :-1]
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    counted = mask[:, 1:] & mask[:, :-1] & (segments[:, 1:] == segments[:, :-1])
+    return jnp.sum(nll * counted) / jnp.maximum(jnp.sum(counted), 1)
+
+  return float(loss(model, trace.tokens, trace.token_mask, trace.segment_ids, inputs))

@@ -30,8 +30,8 @@ class LayerTrace:
   """What one MoE layer decided.
 
   Attributes:
-    expert: (B, L, K) int16, or int32 above 32,767 experts: the experts asked for, best first.
-      Meaningless where the token is padding.
+    expert: (B, L, K) int16, or int32 above 32,767 experts: the experts asked for, best first; from
+      E on it is a null expert, and not kept. Meaningless where the token is padding.
     weight: (B, L, K) float32 combine weights, 0 where not kept.
     kept: (B, L, K) bool, False where dropped, not selected, or padding.
     num_experts: E.
@@ -70,8 +70,7 @@ class RoutingTrace:
       UserError: another ending, or a folder that cannot be written to.
     """
     path = Path(path)
-    if path.suffix != ".npz":
-      raise UserError(f"{path} is no place for a trace: expected {path.with_suffix('.npz').name}")
+    check_place(path)
     arrays = {name: getattr(self, name) for name in _TOKEN_ARRAYS}
     for index, layer in enumerate(self.layers):
       arrays.update({_key(index, name): getattr(layer, name) for name in _LAYER_ARRAYS})
@@ -111,6 +110,23 @@ class RoutingTrace:
     if fault := _first_fault(trace):
       raise UserError(f"{path} is damaged: {fault}; record the trace anew")
     return trace
+
+
+def check_place(path: Path) -> None:
+  """Refuses a path that no trace can be written to, before one is recorded.
+
+  Raises:
+    UserError: another ending than .npz, a folder, or no folder to write in.
+  """
+  if path.suffix != ".npz":
+    raise UserError(f"{path} is no place for a trace: expected {path.with_suffix('.npz').name}")
+  if path.is_dir():
+    raise UserError(f"{path} is no place for a trace: it is a folder, expected a file")
+  if not os.access(path.parent, os.W_OK | os.X_OK):
+    raise UserError(
+      f"{path} cannot be written: its folder is missing or may not be written to; give a path in"
+      " another one"
+    )
 
 
 def record_routing(
@@ -228,8 +244,8 @@ def _layer_fault(index: int, layer: LayerTrace, token_mask: np.ndarray) -> str |
   kinds = (layer.expert.dtype.kind, layer.weight.dtype, layer.kept.dtype)
   if kinds != ("i", np.float32, bool):
     return f"layer {index} has dtypes {kinds}, expected integers, float32 and bool"
-  ids = layer.expert[token_mask]
-  wrong = ids[(ids < 0) | (ids >= layer.num_experts)]
+  ids, kept = layer.expert[token_mask], layer.kept[token_mask]
+  wrong = ids[(ids < 0) | (kept & (ids >= layer.num_experts))]
   if wrong.size:
     return f"layer {index} names expert {wrong[0]}, expected 0 to {layer.num_experts - 1}"
   return None

@@ -8,8 +8,8 @@ import jax
 from flax import nnx
 
 from moe_jax.analysis.counterfactual import counterfactual, part_of
-from moe_jax.analysis.replay import join_traces, replayed_loss
-from moe_jax.analysis.routing_trace import RoutingTrace, record_routing
+from moe_jax.analysis.replay import check_replay, join_traces, replayed_loss
+from moe_jax.analysis.routing_trace import RoutingTrace, check_place, record_routing
 from moe_jax.data.builders import prepare
 from moe_jax.data.loader import eval_batches
 from moe_jax.errors import UserError
@@ -26,6 +26,8 @@ def evaluate(args: SimpleNamespace) -> None:
   # Refused before minutes of evaluation, not after them.
   arms = {arm: counterfactual(config.model, arm) for arm in args.arm}
   replayed = None if args.replay is None else RoutingTrace.load(Path(args.replay))
+  if replayed is not None:
+    check_replay(config.model, replayed)
   evaluator = Evaluator(config, prepare(config.data))
   print(f"{workdir} at step {step}, held-out:")
   _show("dropless", evaluator.dropless(model))
@@ -45,6 +47,8 @@ def trace(args: SimpleNamespace) -> None:
   """Writes the experts that a checkpoint's routers ask for, dropless, to a .npz file."""
   if args.batches < 1:
     raise UserError(f"--batches={args.batches} is refused: it must be at least 1")
+  # Refused before minutes of recording, not after them.
+  check_place(Path(args.out))
   workdir = Path(args.workdir)
   config, step, model = load_run(workdir, args.step)
   if config.model.moe is None:

@@ -18,6 +18,11 @@ def checked_mask(
       f" {_logits_in_words(config)})"
     )
   shape = logits.shape[:2]
+  if 0 in shape:
+    raise UserError(
+      f"router logits have shape {logits.shape}, without a token; expected (groups, tokens,"
+      f" {_logits_in_words(config)}), groups and tokens at least 1"
+    )
   if token_mask is None:
     return jnp.ones(shape, bool)
   if token_mask.shape != shape or token_mask.dtype != bool:

@@ -48,7 +48,7 @@ def quantile_bias(
   largest of a token's biased scores, which an expert must exceed to be selected, the bias of e
   becomes minus the (n+1)-th largest margin s_te - alpha_t, so that exactly n tokens exceed it.
   n = floor(K T / E), T real tokens; n is smaller where fewer real experts are asked for (null
-  experts, a second expert that is not asked).
+  experts, a second expert that is not asked), and T - 1 where every token asks every real expert.
 
   Exact for the tokens of one call. Margins of a whole step would be as large as its router
   logits, so over microbatches the biases are averaged, weighted by real tokens; Megatron-LM
@@ -65,7 +65,8 @@ def quantile_bias(
   alpha_GS1 = jax.lax.top_k(ranking_GSE, K + 1)[0][..., K:]
   margin_GSE = jnp.where(mask_GS[..., None], scores_GSE[..., :E] - alpha_GS1, -jnp.inf)
   ascending = jnp.sort(margin_GSE.reshape(-1, E), axis=0)
-  share = asked.astype(jnp.int32) // E
+  # There are T margins: an (T+1)-th largest would be that of padding, minus infinity.
+  share = jnp.minimum(asked.astype(jnp.int32) // E, jnp.maximum(jnp.sum(mask_GS) - 1, 0))
   quantile = jnp.take(ascending, ascending.shape[0] - 1 - share, axis=0)
   return jax.lax.stop_gradient(jnp.where(jnp.any(mask_GS), -quantile, 0.0))
 

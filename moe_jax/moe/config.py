@@ -215,10 +215,11 @@ def _check_ranges(config: RoutingConfig) -> None:
   at_least_1 += ("top_expert_groups", "hash_ngram", "sinkhorn_iterations", "reroute_attempts")
   for name in at_least_1:
     _require(config, name, getattr(config, name) >= 1, "at least 1")
-  for name in ("num_null_experts", "hash_seed", "balance_loss_weight", "z_loss_weight"):
-    _require(config, name, getattr(config, name) >= 0, "0 or greater")
-  finite = ("importance_loss_weight", "load_loss_weight", "bias_rate", "second_threshold")
-  for name in (*finite, "device_loss_weight", "communication_loss_weight"):
+  _require(config, "num_null_experts", config.num_null_experts >= 0, "0 or greater")
+  _require(config, "hash_seed", 0 <= config.hash_seed < 2**32, "in [0, 2^32)")
+  finite = ("balance_loss_weight", "z_loss_weight", "importance_loss_weight", "load_loss_weight")
+  finite += ("device_loss_weight", "communication_loss_weight", "bias_rate", "second_threshold")
+  for name in finite:
     _require(config, name, 0 <= getattr(config, name) < math.inf, "0 or greater and finite")
   for name in ("capacity_factor", "eval_capacity_factor"):
     finite = "greater than 0 and finite (overflow = dropless drops nothing)"
@@ -232,8 +233,8 @@ def _check_ranges(config: RoutingConfig) -> None:
   _require(config, "top_k", 1 <= config.top_k <= experts, bound)
   wanted = "at least 1, or None to use the capacity factor"
   _require(config, "capacity", config.capacity is None or config.capacity >= 1, wanted)
-  _require(config, "adaptive_factor", config.adaptive_factor > 1, "greater than 1")
-  target = config.adaptive_target
+  factor, target = config.adaptive_factor, config.adaptive_target
+  _require(config, "adaptive_factor", 1 < factor < math.inf, "greater than 1 and finite")
   _require(config, "adaptive_target", target is None or target > 0, "greater than 0, or None")
 
 
@@ -333,6 +334,11 @@ def _check_losses(config: RoutingConfig) -> None:
     _require(config, "load_loss_weight", noisy, wanted)
     wanted = "0 with num_null_experts > 0 or a selection that is not top_k"
     plain = config.selection == "top_k" and not config.num_null_experts
+    _require(config, "load_loss_weight", plain, wanted)
+    # The K-th largest noisy logit is no threshold where something else ranks or limits experts.
+    wanted = "0 with bias_update other than none or top_expert_groups < num_expert_groups"
+    limited = config.top_expert_groups < config.num_expert_groups
+    plain = config.bias_update == BiasUpdate.NONE and not limited
     _require(config, "load_loss_weight", plain, wanted)
   for name in ("device_loss_weight", "communication_loss_weight"):
     wanted = "0 with num_expert_groups = 1: the devices of these losses are expert groups"

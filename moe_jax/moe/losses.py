@@ -130,17 +130,22 @@ def router_z_loss(logits_GSE: jax.Array, mask_GS: jax.Array, padding: LossPaddin
   return jnp.sum(jnp.square(z_GS) * counted_GS) / jnp.maximum(jnp.sum(counted_GS), 1.0)
 
 
-def importance_loss(importance_GSE: jax.Array, config: RoutingConfig) -> jax.Array:
+def importance_loss(
+  importance_GSE: jax.Array, mask_GS: jax.Array, config: RoutingConfig
+) -> jax.Array:
   """Returns CV^2 over experts of the sum over tokens (arXiv 1701.06538 Eq. 6-7).
 
   Per group and averaged over groups under the scope `group`, of all tokens otherwise.
 
   Args:
     importance_GSE: (G, S, E) float32, weights or scores, 0 for padding.
-    config: `balance_scope` is read.
+    mask_GS: (G, S) bool, True = real token.
+    config: `balance_scope` and `loss_padding` are read.
   """
   if config.balance_scope == BalanceScope.GROUP:
-    return jnp.mean(squared_variation(jnp.sum(importance_GSE, axis=1)))
+    # A group of padding alone has nothing to vary: it must not pull the mean down.
+    groups = jnp.sum(jnp.any(_counted(mask_GS, config.loss_padding) > 0, axis=1))
+    return jnp.sum(squared_variation(jnp.sum(importance_GSE, axis=1))) / jnp.maximum(groups, 1)
   return squared_variation(jnp.sum(importance_GSE, axis=(0, 1)))
 
 
@@ -159,7 +164,7 @@ def load_loss(
     logits_GSE, noisy_GSE: (G, S, E) float32, without and with noise.
     std_GSE: (G, S, E) float32, the standard deviation of the noise.
     mask_GS: (G, S) bool.
-    config: `top_k`, `load_threshold` and `balance_scope` are read.
+    config: `top_k`, `load_threshold`, `balance_scope` and `loss_padding` are read.
   """
   threshold_GSE = load_threshold(noisy_GSE, config)
   # With K = E every expert is selected whatever the noise. The derivative of an infinite distance
@@ -167,7 +172,7 @@ def load_loss(
   certain_GSE = threshold_GSE == -jnp.inf
   distance_GSE = (logits_GSE - jnp.where(certain_GSE, 0.0, threshold_GSE)) / std_GSE
   probability_GSE = jnp.where(certain_GSE, 1.0, jax.scipy.stats.norm.cdf(distance_GSE))
-  return importance_loss(probability_GSE * mask_GS[..., None], config)
+  return importance_loss(probability_GSE * mask_GS[..., None], mask_GS, config)
 
 
 def load_threshold(noisy_GSE: jax.Array, config: RoutingConfig) -> jax.Array:

@@ -14,7 +14,7 @@
 | `dead_experts` | number of experts nobody asked for | 0 |
 | `router_confidence` | mean over tokens of the largest probability | about 1/E |
 | `capacity_utilization` | filled slots / all slots | |
-| `slots_per_assignment` | all slots / (K * real tokens): below 1 drops are certain | |
+| `slots_per_assignment` | all slots / (K * real tokens): below 1, K choices a token cannot fit | |
 | `effective_capacity_factor` | C*E/S, or C*E/(K*S): the factor after rounding; static | |
 
 Without a real token all are 0 but `dead_experts` (E), the static ones, and the entropy of E = 1.

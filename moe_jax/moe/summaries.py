@@ -118,7 +118,7 @@ def losses_of(call: Call, asks: Asks) -> dict[str, jax.Array]:
       probs, counted, view.mask, config, global_load=load, **more
     ),
     "router_z": losses.router_z_loss(call.logits, view.mask, config.loss_padding),
-    "importance": losses.importance_loss(_importance(call, asks), config),
+    "importance": losses.importance_loss(_importance(call, asks), view.mask, config),
   }
   if config.load_loss_weight and call.noise_std is not None:
     values["load"] = losses.load_loss(call.logits, view.logits, call.noise_std, view.mask, config)

@@ -10,7 +10,7 @@ from flax import nnx
 from tiny_models import random_parameters, random_tokens, tiny_config
 
 from moe_jax.analysis.counterfactual import counterfactual, part_of
-from moe_jax.analysis.replay import join_traces, replayed_loss
+from moe_jax.analysis.replay import check_replay, join_traces, replayed_loss
 from moe_jax.analysis.routing_trace import record_routing
 from moe_jax.errors import UserError
 from moe_jax.models import Decoder
@@ -81,6 +81,26 @@ def test_a_run_with_a_selection_bias_is_evaluated_without_it():
 def test_replaying_its_own_experts_changes_nothing():
   own, forced = replayed_loss(CONFIG, random_parameters(CONFIG)[1], trace_of())
   assert own == pytest.approx(forced, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+  "routing",
+  [
+    dict(overflow="reroute", capacity=3),
+    dict(noise="gaussian", load_loss_weight=0.1),
+    dict(num_expert_groups=2, top_expert_groups=2, device_loss_weight=0.1),
+    dict(num_expert_groups=2, top_expert_groups=2, communication_loss_weight=0.1),
+  ],
+)
+def test_what_belongs_to_the_selection_of_a_run_does_not_hinder_its_replay(routing):
+  config = tiny_config(routing=routing)
+  check_replay(config, trace_of())
+
+
+def test_a_router_that_cannot_weigh_forced_experts_is_refused():
+  routing = dict(selection="hierarchical", num_expert_groups=2, top_expert_groups=2)
+  with pytest.raises(UserError, match="has 6 logits for num_experts = 4"):
+    check_replay(tiny_config(routing=routing), trace_of())
 
 
 def test_replaying_the_experts_of_another_run_changes_the_routing_to_its_own():

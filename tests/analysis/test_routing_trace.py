@@ -140,6 +140,19 @@ def test_foreign_files_are_refused(tmp_path):
     RoutingTrace.load(path)
 
 
+def test_choices_of_null_experts_are_recorded_as_not_kept(tmp_path):
+  config = RoutingConfig(num_experts=E, num_null_experts=2, top_k=K, overflow="dropless")
+  logits = draw_logits(0, (B, L, E + 2))
+  plan = routed(logits, config, mask=MASK)
+  made = record_routing([plan], TOKENS, run="r", step=0, token_mask=MASK)
+  layer = made.layers[0]
+  best = np.argsort(-logits, axis=-1)[..., :K]
+  np.testing.assert_array_equal(layer.expert[MASK], best[MASK])
+  np.testing.assert_array_equal(layer.kept[MASK], best[MASK] < E)
+  made.save(tmp_path / "a.npz")
+  assert_equal(RoutingTrace.load(tmp_path / "a.npz"), made)
+
+
 def test_arrays_that_contradict_each_other_are_refused(tmp_path):
   path = tmp_path / "a.npz"
   layer = trace().layers[0]

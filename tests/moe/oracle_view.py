@@ -182,7 +182,10 @@ def expected_losses(
     "load_balance": balance,
     "router_z": losses.router_z_loss(clean, padding=padding, token_mask=mask),
     "importance": losses.importance_loss(
-      importance_of(clean, groups, config, mask)[..., :width], per_group=per_group
+      importance_of(clean, groups, config, mask)[..., :width],
+      per_group=per_group,
+      padding=padding,
+      token_mask=mask,
     ),
   }
   if config.load_loss_weight and draws is not None and draws.std is not None:
@@ -193,6 +196,7 @@ def expected_losses(
       top_k=config.top_k,
       exclude_self=config.load_threshold == LoadThreshold.EXCLUDE_SELF,
       per_group=per_group,
+      padding=padding,
       token_mask=mask,
     )
   pooling = dict(

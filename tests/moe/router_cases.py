@@ -80,7 +80,7 @@ def config_of(row) -> RoutingConfig:
   limits = LIMITS[fields.pop("limits")]
   if fields["selection"] == "hierarchical":
     limits = limits or LIMITS["groups_max"]
-  plain = fields["selection"] == "top_k" and not limits.get("num_null_experts")
+  plain = fields["selection"] == "top_k" and limits == {} and fields["bias_update"] == "none"
   noisy = fields["noise"] in ("gaussian", "learned")
   return RoutingConfig(
     num_experts=num_experts,

@@ -91,6 +91,16 @@ def test_quantile_bias_is_collected_in_training_alone_and_of_real_experts():
   assert "bias_target" not in collected(train=False)
 
 
+@pytest.mark.parametrize("real", [3, 4])
+def test_quantile_bias_is_finite_where_every_token_asks_every_real_expert(real):
+  settings = config(num_experts=2, num_null_experts=2, top_k=3, bias_update="quantile")
+  logits = jnp.broadcast_to(jnp.float32([3.0, 2.0, 1.0, 0.0]), (1, 4, 4))
+  plan = route(logits, settings, token_mask=jnp.arange(4)[None] < real, train=True)
+  score = np.exp([3.0, 2.0, 1.0, 0.0]) / np.exp([3.0, 2.0, 1.0, 0.0]).sum()
+  # All margins of an expert are alike: its score less the fourth.
+  np.testing.assert_allclose(plan.metrics["bias_target"], score[3] - score[:2], rtol=1e-5)
+
+
 @pytest.mark.parametrize(
   "fraction, source, padding",
   [

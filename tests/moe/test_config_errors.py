@@ -39,6 +39,11 @@ def message(call, *arguments, **options):
     ({"capacity_multiple": 0}, "capacity_multiple = 0", "at least 1"),
     ({"balance_loss_weight": -0.1}, "balance_loss_weight = -0.1", "0 or greater"),
     ({"z_loss_weight": -0.1}, "z_loss_weight = -0.1", "0 or greater"),
+    ({"balance_loss_weight": float("inf")}, "balance_loss_weight = inf", "finite"),
+    ({"z_loss_weight": float("inf")}, "z_loss_weight = inf", "finite"),
+    ({"adaptive_factor": float("inf")}, "adaptive_factor = inf", "finite"),
+    ({"hash_seed": -1}, "hash_seed = -1", "[0, 2^32)"),
+    ({"hash_seed": 2**32}, "hash_seed = 4294967296", "[0, 2^32)"),
     ({"selection": "random_second", "top_k": 1}, "top_k = 1", "2 with selection"),
     ({"selection": "random_second", "top_k": 3}, "top_k = 3", "2 with selection"),
     ({"selection": "threshold_second", "top_k": 1}, "top_k = 1", "2 with selection"),
@@ -67,6 +72,16 @@ def message(call, *arguments, **options):
       {"load_loss_weight": 0.1, "noise": "learned", "selection": "sample"},
       "load_loss_weight = 0.1",
       "0 with num_null_experts > 0 or a selection that is not top_k",
+    ),
+    (
+      {"load_loss_weight": 0.1, "noise": "gaussian", "bias_update": "sign"},
+      "load_loss_weight = 0.1",
+      "0 with bias_update other than none",
+    ),
+    (
+      {"load_loss_weight": 0.1, "noise": "gaussian", "num_expert_groups": 2},
+      "load_loss_weight = 0.1",
+      "top_expert_groups < num_expert_groups",
     ),
     ({"noise_std": 0.0}, "noise_std = 0.0", "greater than 0"),
     ({"weight_scale": 0}, "weight_scale = 0", "greater than 0"),
@@ -177,7 +192,7 @@ def test_an_unknown_field_of_a_preset_names_the_nearest():
   assert "'num_expert'" in text and "did you mean num_experts?" in text
 
 
-@pytest.mark.parametrize("shape", [(6, 4), (2, 6, 5), (1, 2, 6, 4)])
+@pytest.mark.parametrize("shape", [(6, 4), (2, 6, 5), (1, 2, 6, 4), (2, 0, 4), (0, 6, 4)])
 def test_logits_of_another_shape_are_refused(shape):
   text = message(route, jnp.zeros(shape), RoutingConfig(4))
   assert str(shape) in text and "num_experts = 4" in text

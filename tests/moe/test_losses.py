@@ -183,12 +183,28 @@ def test_z_loss_counts_padding_in_flaxformers_convention_alone():
 
 @pytest.mark.parametrize("scope", ["group", "batch"])
 def test_importance_is_zero_when_even_and_experts_less_one_when_all_in_one(scope):
-  config = config_of(balance_scope=scope)
-  assert float(importance_loss(jnp.full((2, S, E), 0.3), config)) == pytest.approx(0.0, abs=1e-6)
+  config, mask = config_of(balance_scope=scope), jnp.ones((2, S), bool)
+  even = importance_loss(jnp.full((2, S, E), 0.3), mask, config)
+  assert float(even) == pytest.approx(0.0, abs=1e-6)
   one = jnp.zeros((2, S, E)).at[..., 1].set(0.7)
   # CV^2 of (x, 0, ..., 0): variance x^2 (1/E - 1/E^2) over mean^2 x^2 / E^2.
-  assert float(importance_loss(one, config)) == pytest.approx(E - 1, rel=1e-6)
-  assert float(importance_loss(jnp.zeros((2, S, E)), config)) == 0.0
+  assert float(importance_loss(one, mask, config)) == pytest.approx(E - 1, rel=1e-6)
+  assert float(importance_loss(jnp.zeros((2, S, E)), mask, config)) == 0.0
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_a_group_of_padding_pulls_importance_and_load_down_in_flaxformers_convention_alone(padding):
+  fields = {"noise": "learned", "load_loss_weight": 0.1, "loss_padding": padding}
+  logits, mask = draw_logits(0, (3, S, E)), np.ones((3, S), bool)
+  mask[1:] = False
+  # Noise of a group does not depend on the number of groups if there is next to none.
+  scale = np.full((3, S, E), 1e-3, np.float32)
+  alone = routed(logits[:1], config_of(**fields), noise_scale=scale[:1], train=True)
+  padded = routed(logits, config_of(**fields), mask=mask, noise_scale=scale, train=True)
+  groups = 3 if padding == "flaxformer" else 1
+  for name, tolerance in (("importance", 1e-6), ("load", 1e-3)):
+    expected = float(alone.losses[name]) / groups
+    assert expected > 0 and float(padded.losses[name]) == pytest.approx(expected, rel=tolerance)
 
 
 def test_the_variance_is_that_of_the_population():

@@ -192,18 +192,23 @@ def log_sum_exp(logits):
   return largest + math.log(sum(math.exp(logit - largest) for logit in logits))
 
 
-def importance_loss(values, *, per_group):
+def importance_loss(values, *, per_group, padding="exclude", token_mask=None):
   """Return the squared coefficient of variation over experts of the sums over tokens.
 
   Args:
     values: (G, S, E) weights or scores, 0 for padding.
     per_group: take it in each group and average; otherwise of all tokens together.
+    padding: "flaxformer" averages over groups of padding alone too.
+    token_mask: (G, S) True for a real token, or None.
   """
   values = np.asarray(values, np.float64)
   sums = [sum(group) for group in values]
   if not per_group:
     return squared_variation(sum(sums))
-  return sum(squared_variation(group) for group in sums) / len(sums)
+  counted = len(sums)
+  if padding != "flaxformer" and token_mask is not None:
+    counted = sum(1 for group in token_mask if any(group))
+  return sum(squared_variation(group) for group in sums) / max(counted, 1)
 
 
 def squared_variation(values):
@@ -213,7 +218,9 @@ def squared_variation(values):
   return float(variance / mean**2) if mean > 0 else 0.0
 
 
-def load_loss(logits, noise, std, *, top_k, exclude_self, per_group, token_mask=None):
+def load_loss(
+  logits, noise, std, *, top_k, exclude_self, per_group, padding="exclude", token_mask=None
+):
   """Return the importance loss of the probabilities with which new noise selects each expert.
 
   P(x, e) = Phi((logit_e - threshold) / std_e): only e's own noise is drawn again. The threshold is
@@ -225,7 +232,7 @@ def load_loss(logits, noise, std, *, top_k, exclude_self, per_group, token_mask=
     std: (G, S, E) standard deviation of the noise.
     top_k: K.
     exclude_self: which threshold.
-    per_group: as in `importance_loss`.
+    per_group, padding: as in `importance_loss`.
     token_mask: (G, S) True for a real token, or None.
   """
   probabilities = np.zeros(np.shape(logits))
@@ -239,7 +246,7 @@ def load_loss(logits, noise, std, *, top_k, exclude_self, per_group, token_mask=
       threshold = kth_largest(noisy, top_k, expert if exclude_self else None)
       distance = float(logits[group][token][expert]) - threshold
       probabilities[group, token, expert] = normal_cdf(distance / float(std[group][token][expert]))
-  return importance_loss(probabilities, per_group=per_group)
+  return importance_loss(probabilities, per_group=per_group, padding=padding, token_mask=token_mask)
 
 
 def kth_largest(values, top_k, without):
