@@ -98,25 +98,27 @@ def group_losses(logits_GSE, groups, *, token_mask):
 
   Load balance is E * sum_e f_e * P_e of each group with a real token, averaged, where f counts the
   assignments asked for; importance the squared coefficient of variation of the scores' sums,
-  averaged over groups, 0 for a group of padding.
+  averaged over the same groups.
   """
   num_experts = np.shape(logits_GSE)[2]
   balance, importance = [], []
   for logits_SE, mask_S, assignments in zip(logits_GSE, token_mask, groups, strict=True):
     real = real_tokens(mask_S, len(mask_S))
+    if not real:
+      continue
     scores_SE = scores_of(logits_SE, "softmax")
     total = [sum(scores_SE[token, e] for token in real) for e in range(num_experts)]
     mean = sum(total) / num_experts
     spread = sum((value - mean) ** 2 for value in total) / num_experts
-    importance.append(spread / mean**2 if real else 0.0)
+    importance.append(spread / mean**2)
     asked = [sum(one.expert == e for one in assignments) for e in range(num_experts)]
-    if real:
-      products = (f * p for f, p in zip(asked, total, strict=True))
-      balance.append(num_experts * sum(products) / len(real) ** 2)
+    products = (f * p for f, p in zip(asked, total, strict=True))
+    balance.append(num_experts * sum(products) / len(real) ** 2)
+  groups_with_tokens = max(len(balance), 1)
   return {
-    "load_balance": sum(balance) / len(balance) if balance else 0.0,
+    "load_balance": sum(balance) / groups_with_tokens,
     "router_z": losses.router_z_loss(logits_GSE, token_mask=token_mask),
-    "importance": sum(importance) / len(importance),
+    "importance": sum(importance) / groups_with_tokens,
   }
 
 
