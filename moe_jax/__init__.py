@@ -6,7 +6,13 @@ from typing import Any
 __version__ = "0.1.0"
 
 # Loaded on first use: the command line answers `--help` without importing JAX.
-_LAZY = {"generate": "moe_jax.inference", "moe": None}
+_LAZY = {
+  "convert": None,
+  "generate": "moe_jax.inference",
+  "load_pretrained": "moe_jax.convert",
+  "moe": None,
+  "save_pretrained": "moe_jax.convert",
+}
 
 
 def __getattr__(name: str) -> Any:

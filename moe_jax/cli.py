@@ -67,20 +67,48 @@ COMMANDS = {
     ),
   ),
   "generate": Command(
-    "continue a prompt with the model of a run",
+    "continue a prompt with the model of a run, or of a checkpoint",
     "moe_jax.commands.generation:generate",
     (
-      _RUN,
       Flag("prompt", FlagKind.TEXT, "text to continue"),
+      Flag("workdir", FlagKind.FOLDER, "folder of a run made by moe-jax train", None),
+      Flag(
+        "checkpoint",
+        FlagKind.FOLDER,
+        "Hugging Face checkpoint with its tokenizer.json instead of a run",
+        None,
+      ),
+      Flag("dtype", FlagKind.TEXT, "float32 or bfloat16, with --checkpoint", "float32"),
       Flag("max_new_tokens", FlagKind.INTEGER, "most tokens to add", 200),
       Flag("temperature", FlagKind.NUMBER, "0 takes the likeliest token each time", 0.8),
+      Flag("top_k", FlagKind.INTEGER, "sample from so many likeliest tokens", None),
+      Flag("top_p", FlagKind.NUMBER, "sample from the likeliest tokens of this mass", None),
       Flag("seed", FlagKind.SEED, "seed of the sampling", 0),
+    ),
+  ),
+  "convert": Command(
+    "write the model of a run, or of a checkpoint, as a Hugging Face checkpoint",
+    "moe_jax.commands.conversion:convert",
+    (
+      Flag("out", FlagKind.FOLDER, "folder to write; it must be absent or empty"),
+      Flag("workdir", FlagKind.FOLDER, "folder of a run made by moe-jax train", None),
+      _STEP,
+      Flag("checkpoint", FlagKind.FOLDER, "Hugging Face checkpoint to read instead of a run", None),
+      Flag("dtype", FlagKind.TEXT, "float32 or bfloat16, with --checkpoint", "float32"),
     ),
   ),
   "report": Command(
     "write the report of a run: curves, routing, samples",
     "moe_jax.commands.reporting:report",
     (_RUN, Flag("compare", FlagKind.FOLDERS, "another run to set beside it; repeatable", ())),
+  ),
+  "plan": Command(
+    "count what a model costs: parameters, FLOPs and bytes, without building it",
+    "moe_jax.commands.planning:plan",
+    (
+      Flag("config", FlagKind.CONFIG, "config file, and one of the variants its docstring lists"),
+      Flag("json", FlagKind.SWITCH, "print all numbers exactly, as JSON", False),
+    ),
   ),
   "conventions": Command(
     "list the conventions of all router presets, or what sets two of them apart",
@@ -192,11 +220,13 @@ def _command_help(name: str) -> str:
 
 
 def _spelt(flag: Flag) -> str:
+  if flag.kind is FlagKind.SWITCH:
+    return f"--{flag.name}"
   return f"--{flag.name}={flag.kind.value.removesuffix(' ...')}"
 
 
 def _default_note(flag: Flag) -> str:
-  absent = flag.default is REQUIRED or flag.default in (None, ())
+  absent = flag.default is REQUIRED or flag.default in (None, (), False)
   return "" if absent else f" (default {flag.default})"
 
 

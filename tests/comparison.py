@@ -6,8 +6,8 @@ import numpy as np
 ROUTING_MARGIN = 1e-4
 
 
-def relative_error(actual, expected) -> float:
-  """Returns max |actual - expected| / max(max |expected|, 1e-6) of one tensor; inf for a NaN.
+def relative_error(actual, expected, floor=1e-6) -> float:
+  """Returns max |actual - expected| / max(max |expected|, floor) of one tensor; inf for a NaN.
 
   Relative to the tensor's largest entry: a small entry beside large ones is rounded at their
   scale.
@@ -17,7 +17,7 @@ def relative_error(actual, expected) -> float:
   if actual.size == 0:
     return 0.0
   difference = np.max(np.abs(actual - expected))
-  return float(np.nan_to_num(difference / max(np.max(np.abs(expected)), 1e-6), nan=np.inf))
+  return float(np.nan_to_num(difference / max(np.max(np.abs(expected)), floor), nan=np.inf))
 
 
 def softmax(logits):

@@ -23,7 +23,11 @@ Written by `make test-full` (`tests/full_report.py`) from [full_results.json](fu
   (plain, tied experts, tied tokens, all equal, experts that nobody wants) with a kind of padding.
   Experts, slots and drops must be the same, weights, losses and metrics within 1e-5.
 - `test_layer_product`: output and all gradients of the layer against the same loops, within 1e-5 of
-  each tensor's largest entry. A config is a kind of plan in one form of dispatch.
+  each tensor's largest entry, for one of two random cotangents. A config is a kind of plan in one
+  form of dispatch.
+
+A part is complete with six tests of `test_routing_product` (one a weighting; nine parts) or four of
+`test_layer_product` (one a selection; three parts). Parts that are not listed have not been run.
 """
 COLUMNS = ("test", "part", "configs", "inputs", "passed", "failed", "CPU seconds", "commit")
 
@@ -49,6 +53,9 @@ class FullReport:
       "commit": self.commit,
       "versions": self.versions,
     }
+    if report.failed:
+      message = getattr(report.longrepr, "reprcrash", report.longrepr)
+      results[report.nodeid]["failure"] = str(message)[:4000]
     results = dict(sorted(results.items()))
     self.results.write_text(json.dumps(results, indent=1) + "\n")
     self.summary.write_text(rendered(results))

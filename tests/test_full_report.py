@@ -11,6 +11,7 @@ def finish(report, name, outcome, **properties):
   """Tells the plugin that a test is over."""
   one = types.SimpleNamespace(when="call", keywords={"full": 1}, skipped=False, nodeid=name)
   one.outcome, one.user_properties = outcome, list(properties.items())
+  one.failed, one.longrepr = outcome == "failed", "why"
   report.pytest_runtest_logreport(one)
 
 

@@ -18,7 +18,8 @@ from moe_jax.cli import main as moe_jax
 from moe_jax.config.load import load_config, override
 from moe_jax.data.builders import prepare
 from moe_jax.data.loader import train_iterator
-from moe_jax.planning.count import count_parameters, training_flops_per_token
+from moe_jax.planning.count import count_parameters
+from moe_jax.planning.flops import training_flops_per_token
 from moe_jax.training.config import ExperimentConfig, experiment_from
 from moe_jax.training.optimizer import make_optimizer
 from moe_jax.training.run_folder import METRICS_FILE

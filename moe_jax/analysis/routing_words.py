@@ -41,6 +41,7 @@ MEANINGS = {
   "hash_seed": "seed of the hash, table or fixed choice",
   "hash_ngram": "tokens hashed together",
   "sinkhorn_iterations": "iterations of the balancing",
+  "sparsemixer_epsilon": "half of the relative gap that puts an expert out of reach",
   "bias_update": "how a selection bias follows the load",
   "bias_rate": "speed of that bias",
   "weighting": "scores to combine weights",
@@ -105,6 +106,7 @@ def _unread(config: RoutingConfig) -> set[str]:
     # "random" outside training.
     (config.selection in ("hash", "table", "random"), {"hash_seed"}),
     (config.selection == "sinkhorn", {"sinkhorn_iterations"}),
+    (config.selection == "sparsemixer", {"sparsemixer_epsilon"}),
     (config.bias_update != BiasUpdate.NONE, {"bias_rate"}),
     (config.weighting in normed, {"weight_norm_order"}),
     (slots and config.capacity is None, factors),

@@ -1,26 +1,57 @@
 """The command `moe-jax generate`."""
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 from flax import nnx
 
+from moe_jax.convert import load_pretrained
+from moe_jax.convert.hub_tokenizer import HubTokenizer
 from moe_jax.data.tokenizers import get_tokenizer
-from moe_jax.inference.text import continue_text
+from moe_jax.errors import UserError
+from moe_jax.inference.sampling import check_sampling
+from moe_jax.inference.text import continue_text, continue_tokens
 from moe_jax.training.saved_run import load_run
 from moe_jax.training.state import model_graph
 
 
 def generate(args: SimpleNamespace) -> None:
-  """Continues a prompt with the latest checkpoint of a run, dropless."""
-  config, _, params = load_run(Path(args.workdir))
-  text = continue_text(
-    nnx.merge(model_graph(config.model.dropless()), params),
-    get_tokenizer(config.data.tokenizer),
-    args.prompt,
-    args.max_new_tokens,
+  """Continues a prompt with the latest checkpoint of a run, or with one of the hub, dropless.
+
+  Raises:
+    UserError: not exactly one of --workdir and --checkpoint, or one that cannot be read.
+  """
+  if (args.workdir is None) == (args.checkpoint is None):
+    given = "both" if args.workdir is not None else "neither"
+    raise UserError(f"moe-jax generate takes --workdir=DIR or --checkpoint=DIR; {given} was given")
+  # Large models take minutes to read.
+  check_sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
+  sampling = dict(
     temperature=args.temperature,
+    top_k=args.top_k,
+    top_p=args.top_p,
     key=jax.random.key(args.seed),
   )
-  print(args.prompt + text)
+  write = _continue_run if args.checkpoint is None else _continue_checkpoint
+  print(args.prompt + write(args, sampling))
+
+
+def _continue_run(args: SimpleNamespace, sampling: dict[str, Any]) -> str:
+  config, _, params = load_run(Path(args.workdir))
+  dropless = config.model.dropless()
+  if dropless != config.model:
+    print("note: trained with drops when experts are full, continued without", file=sys.stderr)
+  model = nnx.merge(model_graph(dropless), params)
+  tokenizer = get_tokenizer(config.data.tokenizer)
+  return continue_text(model, tokenizer, args.prompt, args.max_new_tokens, **sampling)
+
+
+def _continue_checkpoint(args: SimpleNamespace, sampling: dict[str, Any]) -> str:
+  tokenizer = HubTokenizer(args.checkpoint)
+  prompt = tokenizer.encode(args.prompt)
+  model, _ = load_pretrained(args.checkpoint, dtype=args.dtype)
+  new = continue_tokens(model, prompt, args.max_new_tokens, tokenizer.stop_ids, **sampling)
+  return tokenizer.decode_after(prompt, new)

@@ -18,7 +18,8 @@ from moe_jax.data.loader import eval_batches
 from moe_jax.inference.text import continue_text
 from moe_jax.models import Decoder
 from moe_jax.moe.groups import to_groups
-from moe_jax.planning.count import count_parameters, training_flops_per_token
+from moe_jax.planning.count import count_parameters
+from moe_jax.planning.flops import training_flops_per_token
 from moe_jax.provenance import source_commit
 from moe_jax.training.config import ExperimentConfig
 from moe_jax.training.run_folder import METRICS_FILE

@@ -30,6 +30,7 @@ class FlagKind(enum.Enum):
   INTEGER = "INT"
   SEED = "SEED"  # an integer that a random key takes: 0 to 2**32 - 1
   NUMBER = "NUMBER"
+  SWITCH = "true|false"  # also without a value, which means true
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,8 @@ def _pairs(
     if equals:
       yield name, text
     elif name in table:
-      yield name, _next_words(words, table[name])
+      switch = table[name].kind is FlagKind.SWITCH
+      yield name, "true" if switch else _next_words(words, table[name])
     else:
       takes_next = words and not words[0].startswith("--") and name.startswith(_OVERRIDE)
       yield name, words.pop(0) if takes_next else None
@@ -156,6 +158,7 @@ def _convert(flag: Flag, text: str) -> Any:
     FlagKind.INTEGER: (int, "an int"),
     FlagKind.SEED: (_seed, "an int from 0 to 4294967295"),
     FlagKind.NUMBER: (float, "a number"),
+    FlagKind.SWITCH: (_switch, "true or false"),
   }
   convert, expected = kinds.get(flag.kind, (str, "text"))
   try:
@@ -169,6 +172,12 @@ def _seed(text: str) -> int:
   if not 0 <= seed < 2**32:
     raise ValueError(f"{seed} is no seed")
   return seed
+
+
+def _switch(text: str) -> bool:
+  if text.lower() not in ("true", "false"):
+    raise ValueError(f"{text} is neither true nor false")
+  return text.lower() == "true"
 
 
 def _pair(flag: Flag, text: str) -> tuple[str, str]:

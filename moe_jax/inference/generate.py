@@ -1,19 +1,17 @@
 """Autoregressive generation."""
 
+import dataclasses
 import functools
+import numbers
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.errors import UserError
+from moe_jax.inference.sampling import Sampling, check_sampling, choose_token, make_sampling
 from moe_jax.models import Decoder
-
-# Float32 arithmetic takes smaller numbers for 0, and 0 / 0 draws nothing sensible; it takes numbers
-# a little larger than the hottest for infinity.
-_COLDEST, _HOTTEST = 1e-37, 1e37
-# The cache has a place for every new token from the start: more is a slip of the hand.
-_MOST_NEW_TOKENS = 2**20
 
 
 def generate(
@@ -22,6 +20,9 @@ def generate(
   max_new_tokens: int,
   *,
   temperature: float = 0.0,
+  top_k: int | None = None,
+  top_p: float | None = None,
+  stop_token: int | Sequence[int] | None = None,
   use_cache: bool = True,
   token_mask: jax.Array | None = None,
   key: jax.Array | None = None,
@@ -33,11 +34,20 @@ def generate(
   may depend on its neighbours. Generate with a dropless model (`ModelConfig.dropless`) to have
   neither; then both ways give the same tokens.
 
+  With a cache, prefill and step are compiled once, as one program, for each shape of `tokens`,
+  `max_new_tokens`, and choice of greedy, top_k and top_p, whatever their numbers.
+
   Args:
     model: the language model; run as outside training.
     tokens: (B, L) int32 prompts, L >= 1.
     max_new_tokens: tokens to add to every row, 0 to 2**20.
-    temperature: 0 takes the likeliest token; otherwise samples from softmax(logits / temperature).
+    temperature: 0 takes the likeliest token, which top_k and top_p always keep; otherwise samples
+      from softmax(logits / temperature).
+    top_k: sample from the k likeliest tokens, and all equal to the k-th; None = from all.
+    top_p: sample from the smallest set of likeliest tokens whose probabilities, after temperature
+      and top_k, sum to top_p, 0 to 1; None = from all. Of equal tokens the lower id comes first.
+    stop_token: id, or ids, that end a row: it is padded with the one it ended in, and routed no
+      more. Generation ends with the last row. Ids in the prompt end nothing.
     use_cache: keep keys and values. Without it every step runs the whole prefix and compiles for
       its length: a slow reference.
     token_mask: (B, L) bool, True = real token: prompts of different lengths, padded on either
@@ -54,7 +64,8 @@ def generate(
   tokens = jnp.asarray(tokens)
   token_mask = jnp.ones(tokens.shape, bool) if token_mask is None else jnp.asarray(token_mask)
   _check_prompts(tokens, token_mask, model.config.vocab_size)
-  check_sampling(max_new_tokens, temperature)
+  check_sampling(max_new_tokens, temperature, top_k, top_p)
+  stop_ids = _stop_ids(stop_token, model.config.vocab_size)
   if temperature > 0 and key is None:
     raise UserError(
       f"temperature = {temperature} samples: key = None was given, a jax.random.key is needed"
@@ -63,63 +74,75 @@ def generate(
   if max_new_tokens == 0:
     return tokens
   key = jax.random.key(0) if key is None else key
-  graph, params = nnx.split(model)
-  if not use_cache:
-    return _generate_uncached(graph, params, tokens, token_mask, key, temperature, max_new_tokens)
-  return _generate_cached(
-    graph,
-    params,
-    tokens,
-    token_mask,
-    key,
-    jnp.float32(temperature),
-    max_new_tokens,
-    temperature > 0,
-  )
+  chooser = _Chooser(make_sampling(temperature, top_k, top_p), stop_ids, key)
+  run = _generate_cached if use_cache else _generate_uncached
+  new = run(*nnx.split(model), tokens, token_mask, chooser, max_new_tokens)
+  return jnp.concatenate([tokens, new], axis=1)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "max_new_tokens", "sample"))
-def _generate_cached(graph, params, tokens, token_mask, key, temperature, max_new_tokens, sample):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Chooser:
+  """Chooses each row's next token until it stops.
+
+  sampling: None = greedy. stop_ids: (number of ids,) int32. key: draw i is its fold i.
+  """
+
+  sampling: Sampling | None
+  stop_ids: jax.Array
+  key: jax.Array
+
+  def __call__(self, logits_BV, last_B, running_B, i) -> tuple[jax.Array, jax.Array]:
+    """Returns the i-th new tokens (B,), a stopped row's last one again, and who is running."""
+    token_B = choose_token(logits_BV, self.sampling, jax.random.fold_in(self.key, i))
+    token_B = jnp.where(running_B, token_B, last_B)
+    return token_B, running_B & ~jnp.any(token_B[:, None] == self.stop_ids[None], axis=1)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "max_new_tokens"))
+def _generate_cached(graph, params, tokens, token_mask, chooser, max_new_tokens):
+  """Returns the new tokens (B, max_new_tokens)."""
   model = nnx.merge(graph, params)
   B, L = tokens.shape
-  logits, cache = model.decode(
-    tokens, model.init_cache(B, L + max_new_tokens - 1), token_mask=token_mask
-  )
-  first = _choose(_last_real(logits, token_mask), key, 0, temperature, sample)
+  cache = model.init_cache(B, L + max_new_tokens - 1)
+  logits, cache = model.decode(tokens, cache, token_mask=token_mask)
+  logits = _last_real(logits, token_mask)
+  last, running = chooser(logits, jnp.zeros(B, jnp.int32), jnp.ones(B, bool), 0)
+  new = jnp.zeros((B, max_new_tokens), jnp.int32).at[:, 0].set(last)
 
-  def step(carry, i):
-    token, cache = carry
-    logits, cache = model.decode(token[:, None], cache)
-    token = _choose(logits[:, -1], key, i, temperature, sample)
-    return (token, cache), token
+  def goes_on(state):
+    i, _, _, running, _ = state
+    return (i < max_new_tokens) & jnp.any(running)
 
-  _, rest = jax.lax.scan(step, (first, cache), jnp.arange(1, max_new_tokens))
-  return jnp.concatenate([tokens, first[:, None], rest.T], axis=1)
+  def step(state):
+    i, new, last, running, cache = state
+    logits, cache = model.decode(last[:, None], cache, token_mask=running[:, None])
+    last, running = chooser(logits[:, -1], last, running, i)
+    return i + 1, new.at[:, i].set(last), last, running, cache
+
+  state = (jnp.int32(1), new, last, running, cache)
+  i, new, last, _, _ = jax.lax.while_loop(goes_on, step, state)
+  return jnp.where(jnp.arange(max_new_tokens)[None] < i, new, last[:, None])
 
 
-def _generate_uncached(graph, params, tokens, token_mask, key, temperature, max_new_tokens):
+def _generate_uncached(graph, params, tokens, token_mask, chooser, max_new_tokens):
+  """Returns the new tokens (B, max_new_tokens)."""
+  B, L = tokens.shape
+  last, running = jnp.zeros(B, jnp.int32), jnp.ones(B, bool)
   for i in range(max_new_tokens):
     logits = _next_logits(graph, params, tokens, token_mask)
-    token = _choose(logits, key, i, temperature, temperature > 0)
-    tokens = jnp.concatenate([tokens, token[:, None]], axis=1)
-    token_mask = jnp.pad(token_mask, ((0, 0), (0, 1)), constant_values=True)
-  return tokens
+    last, running = chooser(logits, last, running, i)
+    tokens = jnp.concatenate([tokens, last[:, None]], axis=1)
+    token_mask = jnp.concatenate([token_mask, running[:, None]], axis=1)
+    if not bool(jnp.any(running)):
+      break
+  left = L + max_new_tokens - tokens.shape[1]
+  return jnp.pad(tokens[:, L:], ((0, 0), (0, left)), mode="edge")
 
 
 @functools.partial(jax.jit, static_argnames="graph")
 def _next_logits(graph, params, tokens, token_mask):
   return _last_real(nnx.merge(graph, params)(tokens, token_mask=token_mask), token_mask)
-
-
-def _choose(logits_BV, key, i, temperature, sample: bool):
-  """Returns the next token (B,) int32; draw i of the key."""
-  if not sample:
-    return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-  # Measured from the best logit, a tiny temperature sends the others to minus infinity; the best
-  # one itself stays 0 instead of overflowing.
-  below_best_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
-  draw = jax.random.categorical(jax.random.fold_in(key, i), below_best_BV / temperature)
-  return draw.astype(jnp.int32)
 
 
 def _last_real(logits_BLV: jax.Array, token_mask: jax.Array) -> jax.Array:
@@ -149,19 +172,14 @@ def _check_prompts(tokens, token_mask, vocab_size: int) -> None:
     )
 
 
-def check_sampling(max_new_tokens: int, temperature: float) -> None:
-  """Raises UserError unless both are in range.
-
-  Args:
-    max_new_tokens: 0 to 2**20.
-    temperature: 0 (greedy) or a number that float32 can divide by.
-  """
-  if not 0 <= max_new_tokens <= _MOST_NEW_TOKENS:
-    raise UserError(
-      f"max_new_tokens = {max_new_tokens} is refused: it must be from 0 to {_MOST_NEW_TOKENS}"
-    )
-  if temperature != 0 and not _COLDEST <= temperature <= _HOTTEST:
-    raise UserError(
-      f"temperature = {temperature} is refused: it must be 0 (greedy) or from {_COLDEST} to"
-      f" {_HOTTEST}"
-    )
+def _stop_ids(stop_token: int | Sequence[int] | None, vocab_size: int) -> jax.Array:
+  """Returns the ids (number of ids,) int32, which may be none."""
+  several = isinstance(stop_token, Sequence)
+  ids = stop_token if several else [] if stop_token is None else [stop_token]
+  for each in ids:
+    if not (isinstance(each, numbers.Integral) and 0 <= each < vocab_size):
+      raise UserError(
+        f"stop_token = {stop_token!r} is refused: it must be an id, or a sequence of ids, between"
+        f" 0 and {vocab_size - 1}"
+      )
+  return jnp.asarray(ids, jnp.int32)

@@ -1,5 +1,7 @@
 """Continuing a text."""
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 
@@ -16,14 +18,27 @@ def continue_text(
   *,
   temperature: float,
   key: jax.Array,
+  top_k: int | None = None,
+  top_p: float | None = None,
 ) -> str:
   """Returns what the model writes after `prompt`, up to the end of the document.
 
-  The prompt is taken for the start of a document; generation always computes `max_new_tokens`, and
-  what follows an end-of-document token is cut off.
+  The prompt is taken for the start of a document.
   """
-  tokens = np.concatenate([[tokenizer.bos_id], tokenizer.encode(prompt)])[None]
-  new = np.asarray(generate(model, tokens, max_new_tokens, temperature=temperature, key=key))
-  new = new[0, tokens.shape[1] :]
-  ends = np.flatnonzero(new == tokenizer.eos_id)
-  return tokenizer.decode(new[: ends[0]] if ends.size else new)
+  tokens = np.concatenate([[tokenizer.bos_id], tokenizer.encode(prompt)])
+  stop_ids = (tokenizer.eos_id,)
+  sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, key=key)
+  return tokenizer.decode(continue_tokens(model, tokens, max_new_tokens, stop_ids, **sampling))
+
+
+def continue_tokens(
+  model: Decoder, tokens: np.ndarray, max_new_tokens: int, stop_ids: Sequence[int], **sampling
+) -> np.ndarray:
+  """Returns the ids that the model adds to one prompt (L,), up to the first of `stop_ids`.
+
+  `sampling` are arguments of `generate`.
+  """
+  new = generate(model, tokens[None], max_new_tokens, stop_token=stop_ids, **sampling)
+  new = np.asarray(new)[0, len(tokens) :]
+  ends = np.flatnonzero(np.isin(new, stop_ids))
+  return new[: ends[0]] if ends.size else new

@@ -49,7 +49,8 @@ class RopeScaling:
       instead of by m(1); latent attention multiplies its softmax scale by m(mscale_all_dim)^2.
     attention_factor: of `yarn`: what cosine and sine are multiplied by, instead of the above.
     low_freq_factor, high_freq_factor: of `llama3`: wavelengths beyond original_max_position /
-      low_freq_factor are scaled whole, those below original_max_position / high_freq_factor not.
+      low_freq_factor are scaled whole, those below original_max_position / high_freq_factor not;
+      equal ones leave nothing in between (Llama 4 Scout).
   """
 
   kind: RopeScalingKind
@@ -79,12 +80,16 @@ class RopeScaling:
       value = getattr(self, name)
       if value is not None and not 0 < value < math.inf:
         raise UserError(f"{name} = {value} is refused: it must be greater than 0")
-    for low, high in (("beta_slow", "beta_fast"), ("low_freq_factor", "high_freq_factor")):
-      if not getattr(self, low) < getattr(self, high) < math.inf:
-        raise UserError(
-          f"{high} = {getattr(self, high)} is refused: it must be greater than {low} ="
-          f" {getattr(self, low)}"
-        )
+    if not self.beta_slow < self.beta_fast < math.inf:
+      raise UserError(
+        f"beta_fast = {self.beta_fast} is refused: it must be greater than beta_slow ="
+        f" {self.beta_slow}"
+      )
+    if not self.low_freq_factor <= self.high_freq_factor < math.inf:
+      raise UserError(
+        f"high_freq_factor = {self.high_freq_factor} is refused: it must be at least"
+        f" low_freq_factor = {self.low_freq_factor}"
+      )
 
   def _check_belongs(self) -> None:
     for field in dataclasses.fields(self):
@@ -150,5 +155,7 @@ class RopeScaling:
   def _llama3_ramp(self, frequency: np.ndarray) -> np.ndarray:
     """Returns how far each frequency is interpolated, 0 to 1, by its rotations in the context."""
     rotations = self.original_max_position * frequency / (2 * math.pi)
-    kept = (rotations - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-    return 1 - np.clip(kept, 0.0, 1.0)
+    width = self.high_freq_factor - self.low_freq_factor
+    if not width:
+      return (rotations < self.low_freq_factor).astype(np.float64)
+    return 1 - np.clip((rotations - self.low_freq_factor) / width, 0.0, 1.0)

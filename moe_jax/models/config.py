@@ -58,7 +58,7 @@ class Segment:
 class ModelConfig:
   """A decoder-only language model.
 
-  A section that no block uses is None, and the other way round.
+  A section that no block uses is None, `mlp` excepted, and the other way round.
 
   Attributes:
     vocab_size: V.
@@ -155,7 +155,8 @@ class ModelConfig:
       given = getattr(self, name) is not None
       if word in words and not given:
         raise UserError(f"segments = {self.segments} has {word} blocks but {name} is None")
-      if given and word not in words:
+      # A config file's segments may lose their dense blocks on the command line.
+      if given and word not in words and word != "dense":
         example = f"{word}:dense" if word in MIXERS else f"attention:{word}"
         raise UserError(
           f"segments = {self.segments} has no {word} block, so {name} would be ignored; leave"

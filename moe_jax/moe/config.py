@@ -57,6 +57,8 @@ class RoutingConfig:
     hash_seed, hash_ngram: the hash of `selection = hash`, of the last hash_ngram token ids of the
       sequence; hash_seed also of the tables of `selection = table`.
     sinkhorn_iterations: of `selection = sinkhorn`.
+    sparsemixer_epsilon: of `selection = sparsemixer`: logits more than twice this share below the
+      best are out of reach.
     bias_update, bias_rate: the selection bias that balances without a loss.
 
     weighting, weight_norm_order, weight_scale: scores -> combine weights; the norm that
@@ -102,6 +104,7 @@ class RoutingConfig:
   hash_seed: int = 0
   hash_ngram: int = 1
   sinkhorn_iterations: int = 50
+  sparsemixer_epsilon: float = 0.01
   bias_update: BiasUpdate = BiasUpdate.NONE
   bias_rate: float = 0.001
 
@@ -221,7 +224,7 @@ def _check_ranges(config: RoutingConfig) -> None:
   for name in ("capacity_factor", "eval_capacity_factor"):
     finite = "greater than 0 and finite (overflow = dropless drops nothing)"
     _require(config, name, 0 < getattr(config, name) < math.inf, finite)
-  for name in ("noise_std", "weight_norm_order", "weight_scale"):
+  for name in ("noise_std", "weight_norm_order", "weight_scale", "sparsemixer_epsilon"):
     _require(config, name, 0 < getattr(config, name) < math.inf, "greater than 0 and finite")
   experts = config.num_experts + config.num_null_experts
   bound = f"between 1 and num_experts = {config.num_experts}"

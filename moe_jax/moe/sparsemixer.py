@@ -6,23 +6,21 @@ import jax.numpy as jnp
 from moe_jax.moe.config import RoutingConfig
 from moe_jax.moe.registry import SelectView, TokenChoice, register_selection
 
-_THRESHOLD = 0.02  # twice the jitter epsilon 0.01 of the released code
-
 
 @register_selection("sparsemixer", draws=True)
 def sparsemixer(view: SelectView, config: RoutingConfig) -> TokenChoice:
   """Picks K experts one after the other, each by a softmax over the logits near the best.
 
-  Logits more than 2 % below the largest of what is left (relative to the larger magnitude) are out
-  of reach. Training samples among the rest and estimates the gradient of that discrete choice with
-  Heun's third-order method; outside training the largest is taken. A weight is the sampled
-  expert's probability among those within reach; weights do not sum to 1.
+  Logits further below the largest of what is left than twice `sparsemixer_epsilon`, relative to the
+  larger magnitude, are out of reach. Training samples among the rest and estimates the gradient of
+  that discrete choice with Heun's third-order method; outside training the largest is taken. A
+  weight is the sampled expert's probability among those within reach; weights do not sum to 1.
   """
   keys = jax.random.split(view.key, config.top_k) if view.train else [None] * config.top_k
   experts, weights = [], []
   left_GSE = jnp.zeros(view.logits.shape, bool)
   for key in keys:
-    expert_GS, weight_GS = _pick(view.logits, left_GSE, key)
+    expert_GS, weight_GS = _pick(view.logits, left_GSE, 2 * config.sparsemixer_epsilon, key)
     left_GSE |= jax.nn.one_hot(expert_GS, view.logits.shape[-1], dtype=bool)
     experts.append(expert_GS)
     weights.append(weight_GS)
@@ -30,12 +28,12 @@ def sparsemixer(view: SelectView, config: RoutingConfig) -> TokenChoice:
   return TokenChoice(expert_GSK, jnp.ones(expert_GSK.shape, bool), jnp.stack(weights, axis=-1))
 
 
-def _pick(logits_GSE, taken_GSE, key):
+def _pick(logits_GSE, taken_GSE, threshold, key):
   """Returns one expert (G, S) and its weight (G, S)."""
   open_GSE = jnp.where(taken_GSE, -jnp.inf, logits_GSE)
   best_GS1 = jnp.max(open_GSE, axis=-1, keepdims=True)
   scale_GSE = jnp.maximum(jnp.abs(logits_GSE), best_GS1)
-  far_GSE = (best_GS1 - logits_GSE) > _THRESHOLD * scale_GSE
+  far_GSE = (best_GS1 - logits_GSE) > threshold * scale_GSE
   reach_GSE = jax.lax.stop_gradient(~far_GSE & ~taken_GSE)
   # -1e30 rather than -inf: the softmax of a masked logit must have a gradient of 0, not NaN.
   masked_GSE = jnp.where(reach_GSE, logits_GSE, -1e30)

@@ -1,14 +1,58 @@
-"""Exact parameter counts and FLOPs of a config, from the shapes of its parameters."""
+"""Exact parameter counts, from the fields of a config alone: nothing is built or allocated."""
 
 import dataclasses
 import fractions
-import math
 
-import jax
-from flax import nnx
+from moe_jax.models import ModelConfig
+from moe_jax.models.config import DEPTH
+from moe_jax.moe.options import BiasUpdate
+from moe_jax.planning.sizes import (
+  Size,
+  feed_forward_size,
+  mixer_size,
+  norm_size,
+  router_size,
+  shared_experts_size,
+)
 
-from moe_jax.layers.parameters import is_elementwise
-from moe_jax.models import Decoder, ModelConfig
+COMPONENTS = (
+  "embedding",
+  "head",
+  "attention",
+  "dense_feed_forward",
+  "router",
+  "routed_experts",
+  "shared_experts",
+  "norms",
+  "depth_router",
+)
+
+_WHOLE = fractions.Fraction(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+  """Parameters of one part of a model, over all layers.
+
+  Attributes:
+    total: all.
+    active: those that work on one token. A part that takes only some tokens counts by their
+      fraction, so this may be no whole number.
+    matmul_active: the active ones that multiply activations.
+  """
+
+  total: int = 0
+  active: fractions.Fraction = fractions.Fraction(0)
+  matmul_active: fractions.Fraction = fractions.Fraction(0)
+
+  def plus(self, size: Size, share: fractions.Fraction) -> "Component":
+    """Returns this part with more parameters, of which a token visits `share`."""
+    number = size.matrices + size.rest
+    return Component(
+      self.total + number,
+      self.active + number * share,
+      self.matmul_active + size.matrices * share,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,60 +60,105 @@ class ParameterCount:
   """Parameters of a model.
 
   Attributes:
-    total: all.
-    active: all but the experts a token does not visit; embedding and head included. A block that
-      only some tokens take counts by the fraction of them, rounded to whole parameters.
-    routed_experts: those of routed experts.
-    matmul_active: active parameters that multiply activations (no embedding look-up, no norms, no
-      biases).
+    components: by name, those of `COMPONENTS` that the model has.
+    multi_token: the modules of multi-token prediction, which only training uses; counted apart.
+    selection_biases: the router's biases that choose experts (DeepSeek-V3), without those of
+      `multi_token`. They are counted apart: a rule and no gradient moves them.
   """
 
-  total: int
-  active: int
-  routed_experts: int
-  matmul_active: int
+  components: dict[str, Component]
+  multi_token: Component
+  selection_biases: int
+
+  @property
+  def total(self) -> int:
+    """All parameters but those counted apart."""
+    return sum(part.total for part in self.components.values())
+
+  @property
+  def active(self) -> int:
+    """All but the experts a token does not visit; embedding and head included."""
+    return round(sum(part.active for part in self.components.values()))
+
+  @property
+  def active_without_input_embedding(self) -> int:
+    """The same without the matrix that tokens are looked up in, tied to the head or not."""
+    return self.active - self.components["embedding"].total
+
+  @property
+  def active_without_embeddings(self) -> int:
+    """The same without embedding and head."""
+    return self.active_without_input_embedding - self._total("head")
+
+  @property
+  def routed_experts(self) -> int:
+    """Those of routed experts."""
+    return self._total("routed_experts")
+
+  @property
+  def matmul_active(self) -> int:
+    """Active parameters that multiply activations: no embedding look-up, no norms, no biases."""
+    return round(sum(part.matmul_active for part in self.components.values()))
+
+  def _total(self, name: str) -> int:
+    return self.components.get(name, Component()).total
 
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
-  """Counts the parameters of a config without allocating any."""
-  model = nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0)))
-  total = routed = 0
-  active = multiplied = fractions.Fraction(0)
-  # Router state is no parameter: no gradient reaches it.
-  for path, param in nnx.to_flat_state(nnx.split(model, nnx.Param, ...)[1]):
-    size, axes = math.prod(param.get_value().shape), param.get_metadata()["axes"]
-    visits = _visits(config, path, axes)
-    total += size
-    routed += size if "expert" in axes else 0
-    active += size * visits
-    multiplied += 0 if is_elementwise(axes) else size * visits
-  if not config.tie_embeddings:
-    multiplied -= config.vocab_size * config.model_dim
-  return ParameterCount(total, round(active), routed, round(multiplied))
+  """Counts the parameters of a config."""
+  parts = dict.fromkeys(COMPONENTS, Component())
+  for name, size, share in _outside_blocks(config):
+    parts[name] = parts[name].plus(size, share)
+  for block in config.layers():
+    for name, size, share in _block(config, block):
+      parts[name] = parts[name].plus(size, share)
+  biases = 0
+  if config.moe is not None and config.moe.routing.bias_update != BiasUpdate.NONE:
+    biases = len(config.moe_layers()) * config.moe.routing.num_logits
+  parts = {name: part for name, part in parts.items() if part.total}
+  return ParameterCount(parts, _multi_token(config), biases)
 
 
-def _visits(config: ModelConfig, path: tuple, axes: tuple[str, ...]) -> fractions.Fraction:
-  """Returns the fraction of tokens that a parameter works on."""
-  part = fractions.Fraction(1)
-  # `DepthBlock` keeps what only some tokens take in `block`, its router beside it.
-  if "block" in path:
-    part *= fractions.Fraction(str(config.depth.capacity))
-  if "expert" in axes:
-    part *= fractions.Fraction(config.moe.routing.top_k, config.moe.routing.num_experts)
+def _multi_token(config: ModelConfig) -> Component:
+  """Returns the modules of multi-token prediction; embedding and head are the model's own."""
+  D, part = config.model_dim, Component()
+  for _ in range(config.mtp_depth):
+    part = part.plus(Size(2 * D * D), _WHOLE)
+    for _ in range(3):
+      part = part.plus(norm_size(config, D), _WHOLE)
+    for _, size, share in _block(config, config.layers()[-1][:2]):
+      part = part.plus(size, share)
   return part
 
 
-def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
-  """Returns forward + backward FLOPs a token of a model that drops nothing.
+def _outside_blocks(config: ModelConfig):
+  """Yields (component, size, share of tokens) of what is there once."""
+  embedding = config.vocab_size * config.model_dim
+  if config.tie_embeddings:
+    # Looked up and, as the head, multiplied.
+    yield "embedding", Size(embedding), _WHOLE
+  else:
+    yield "embedding", Size(0, embedding), _WHOLE
+    yield "head", Size(embedding), _WHOLE
+  yield "head", Size(0, config.vocab_size if config.head_bias else 0), _WHOLE
+  yield "norms", norm_size(config, config.model_dim), _WHOLE
 
-  6 a matmul parameter (2 forward, 4 backward) and attention's two products with, on average, half
-  of the sequence: 6 * L * H * K a layer; a block that a fraction of the tokens takes needs that
-  fraction squared. A window is not taken into account; norms, softmax and routing's sorting are
-  left out.
-  """
-  attention = config.attention.num_heads * config.attention.head_dim * sequence_length
-  depth = len(config.depth_layers())
-  layers = len(config.layers()) - depth
-  if depth:
-    layers += depth * config.depth.capacity**2
-  return 6.0 * (count_parameters(config).matmul_active + layers * attention)
+
+def _block(config: ModelConfig, block: tuple[str, ...]):
+  """Yields (component, size, share of tokens) of a block."""
+  D, (mixer, feed_forward) = config.model_dim, block[:2]
+  share = _WHOLE
+  if DEPTH in block:
+    yield "depth_router", Size(D), share
+    share = fractions.Fraction(str(config.depth.capacity))
+  for _ in range(2):
+    yield "norms", norm_size(config, D), share
+  yield "attention", mixer_size(config, mixer), share
+  if feed_forward == "dense":
+    yield "dense_feed_forward", feed_forward_size(D, config.mlp), share
+    return
+  E, expert = config.moe.routing.num_experts, feed_forward_size(D, config.moe.feed_forward())
+  yield "router", router_size(D, config.moe), share
+  visited = share * fractions.Fraction(config.moe.routing.top_k, E)
+  yield "routed_experts", Size(E * expert.matrices, E * expert.rest), visited
+  yield "shared_experts", shared_experts_size(D, config.moe), share

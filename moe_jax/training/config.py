@@ -9,7 +9,7 @@ from moe_jax.config import dataclass_from, import_modules, section
 from moe_jax.data.config import DataConfig
 from moe_jax.data.tokenizers import get_tokenizer
 from moe_jax.errors import UserError
-from moe_jax.inference.generate import check_sampling
+from moe_jax.inference.sampling import check_sampling
 from moe_jax.models import ModelConfig
 from moe_jax.moe import MoEConfig, Overflow
 from moe_jax.moe.registry import Chooser
@@ -245,14 +245,9 @@ def experiment_from(mapping: Any) -> ExperimentConfig:
   sections = section(mapping, "config")
   import_modules(sections)
   data = dataclass_from(DataConfig, sections.get("data", {}), "config.data")
-  moe = sections.pop("moe", None)
-  model = section(sections.get("model", {}), "config.model")
-  if moe is not None:
-    model["moe"] = dataclass_from(MoEConfig, moe, "config.moe")
   vocab_size = get_tokenizer(data.tokenizer).vocab_size
-  sections["model"] = dataclass_from(
-    ModelConfig, {"vocab_size": vocab_size} | model, "config.model"
-  )
+  sections["model"] = _model(sections, {"vocab_size": vocab_size})
+  sections.pop("moe", None)
   if sections["model"].vocab_size < vocab_size:
     raise UserError(
       f"config.model.vocab_size = {sections['model'].vocab_size} is refused: the tokenizer"
@@ -260,3 +255,24 @@ def experiment_from(mapping: Any) -> ExperimentConfig:
       " of the config file"
     )
   return dataclass_from(ExperimentConfig, sections, "config")
+
+
+def model_from(mapping: Any) -> ModelConfig:
+  """Builds the model of a config file's mapping; a file with a vocabulary needs no tokenizer.
+
+  Raises:
+    UserError: see `experiment_from`.
+  """
+  sections = section(mapping, "config")
+  if "vocab_size" not in section(sections.get("model", {}), "config.model"):
+    return experiment_from(mapping).model
+  import_modules(sections)
+  return _model(sections, {})
+
+
+def _model(sections: dict[str, Any], defaults: dict[str, Any]) -> ModelConfig:
+  """Builds the model from the sections `model` and `moe`."""
+  model = section(sections.get("model", {}), "config.model")
+  if sections.get("moe") is not None:
+    model["moe"] = dataclass_from(MoEConfig, sections["moe"], "config.moe")
+  return dataclass_from(ModelConfig, defaults | model, "config.model")

@@ -69,6 +69,13 @@ def test_config_and_workdir_are_returned():
   assert args.config.moe.num_experts == 8
 
 
+def test_a_switch_needs_no_value():
+  plan = cli.COMMANDS["plan"].flags
+  for words, value in (([], False), (["--json"], True), (["--json=false"], False)):
+    args = parse_command_line([*words, "--config=configs/quickstart.py"], flags=plan)
+    assert args.json is value
+
+
 def test_variant_after_the_colon_reaches_get_config():
   assert _train().config.width == 64
   assert _train("--config=configs/quickstart.py:large").config.width == 512
@@ -121,8 +128,12 @@ def test_defaults_and_types_of_plain_flags():
   assert vars(args) == {
     "workdir": "a",
     "prompt": "--- it was",
+    "checkpoint": None,
+    "dtype": "float32",
     "max_new_tokens": 200,
     "temperature": 0.8,
+    "top_k": None,
+    "top_p": None,
     "seed": 7,
   }
 
@@ -237,7 +248,7 @@ def test_help_lists_every_choice_in_short_lines_with_status_0(argv, capsys):
   assert cli.main(argv) == 0
   out = capsys.readouterr().out
   flags = cli.COMMANDS[argv[0]].flags if argv[0] in cli.COMMANDS else ()
-  expected = [f"  --{flag.name}=" for flag in flags] or [f"  {name} " for name in cli.COMMANDS]
+  expected = [f"  --{flag.name}" for flag in flags] or [f"  {name} " for name in cli.COMMANDS]
   assert all(choice in out for choice in expected)
   assert max(map(len, out.splitlines())) <= 100
 

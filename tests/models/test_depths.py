@@ -26,7 +26,8 @@ from moe_jax.layers.attention_context import Places
 from moe_jax.models import DepthConfig
 from moe_jax.models.depths import DepthBlock
 from moe_jax.moe.layer import RouterInputs, TokenInfo
-from moe_jax.planning.count import count_parameters, training_flops_per_token
+from moe_jax.planning.count import count_parameters
+from moe_jax.planning.flops import training_flops_per_token
 
 # Float32 sums of tens of terms through 3 blocks against float64.
 TOLERANCE = 1e-5
@@ -263,8 +264,9 @@ def test_counts_take_the_fraction_of_tokens_into_account():
   assert count.total == sum(sizes) == plain.total + 8
   assert count.active == count.total - 0.75 * (384 + 288 + 16)
   assert count.matmul_active == plain.matmul_active + 8 - 0.75 * (384 + 288)
-  # Attention of H = 4 heads of width 4: a quarter of the tokens looks at a quarter of the others.
-  attention = 6 * 16 * 32 * (1 + 1 / 16)
+  # Attention of H = 4 heads of width 4, forward and backward: all tokens look at 16.5 of 32, a
+  # quarter of them at 4.5 of the 8 that the block takes.
+  attention = 3 * 2 * 2 * 16 * (16.5 + 4.5 / 4)
   assert training_flops_per_token(config, 32) == 6 * count.matmul_active + attention
 
 

@@ -188,7 +188,15 @@ TIED_CASES = tuple((kind, "right") for kind in ("equal", "tied_experts", "tied_t
 
 def cases_of(config: RoutingConfig):
   """Returns kinds of logits with kinds of masks; noise would break ties, and be lost at -1e9."""
-  return PLAIN_CASES + (() if trains(config) and config.noise != "none" else TIED_CASES)
+  noisy = trains(config) and config.noise != "none"
+  divided = config.weighting in ("renormalized", "renormalized_after_drop", "softmax_selected")
+  # Equal scores give weights that tie but for the order in which their divisor adds them.
+  rounded = config.priority == "weight" and divided and unordered(config)
+  if noisy or rounded:
+    return PLAIN_CASES
+  # Scores of 1e-19 divided by sums that differ: weights in an order that no float32 code can see.
+  unseen = config.priority == "weight" and divided and config.score == "sqrt_softplus"
+  return PLAIN_CASES + tuple(case for case in TIED_CASES if not unseen or case[0] != "empty")
 
 
 def logits_of(kind: str, shape, seed: int):

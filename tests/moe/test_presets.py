@@ -67,7 +67,7 @@ HABITS = {
   "deepspeed_moe": ("first_choice", "choice_major", "random", "raw"),
   "maxtext": ("all_choices", "token_major", "position", "softmax_selected"),
   "megablocks": ("all_choices_mean", "token_major", "position", "raw"),
-  "megatron": ("all_choices_mean", "choice_major", "probability", "softmax_selected"),
+  "megatron": ("all_choices_mean", "choice_major", "weight", "softmax_selected"),
 }
 
 

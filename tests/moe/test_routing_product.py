@@ -27,6 +27,12 @@ def failures_of(config):
       yield f"{kind} logits, mask {mask}, {config}: {error}"
 
 
+def test_route_equals_the_oracle_for_the_last_of_the_product():
+  # The product below is run rarely, and must not rot meanwhile.
+  *_, config = product_configs("hierarchical", "raw")
+  assert not list(failures_of(config))
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("weighting", FACTORS["weighting"])
 @pytest.mark.parametrize("selection", FACTORS["selection"])

@@ -162,28 +162,29 @@ def place_choices(choices, view, draws):
   if not asks:
     return {}
   width = max(len(experts) for experts, _ in choices)
-  # Padding asks for nothing: its place in the order decides nothing.
   chosen_scores = [
     [view.scores[token][expert] for expert in experts] or [-math.inf] * width
     for token, (experts, _) in enumerate(choices)
   ]
   tokens = placement.token_order(view.scores, chosen_scores, options, draws)
   if options.priority == "weight":
-    chosen_scores = weights_before_drops(choices, view, width)
+    chosen_scores = weights_before_drops(choices, view)
+  # What asks for nothing decides nothing by its place in the order.
+  chosen_scores = [
+    [row[choice] if (token, choice) in asks else -math.inf for choice in range(width)]
+    for token, row in enumerate(chosen_scores)
+  ]
   order = placement.serving_order(tokens, chosen_scores, options)
   ranked = [next_best(view, token, experts) for token, (experts, _) in enumerate(choices)]
   return placement.place(asks, order, ranked, options.capacity, options.reroute_attempts)
 
 
-def weights_before_drops(choices, view, width):
-  """Return for each token the weights that its choices would have without any drop.
-
-  Padding asks for nothing: its place in the order decides nothing.
-  """
+def weights_before_drops(choices, view):
+  """Return for each token the weights that its choices would have without any drop."""
   rows = []
   for token, (experts, asked) in enumerate(choices):
     arguments = (view.logits[token], view.scores[token], experts, asked, view.options)
-    rows.append(list(weights.weigh(*arguments)) if experts else [-math.inf] * width)
+    rows.append(list(weights.weigh(*arguments)))
   return rows
 
 

@@ -1,15 +1,10 @@
-"""Counts equal the real model's sizes, and FLOPs what a hand and XLA's own count say."""
-
-import dataclasses
+"""Counts equal the real model's sizes, part by part, and those added up by hand."""
 
 import jax
-import jax.numpy as jnp
 import pytest
-from flax import nnx
 from tiny_models import DENSE, MOE, random_parameters, tiny_config
 
-from moe_jax.models import Decoder
-from moe_jax.planning.count import count_parameters, training_flops_per_token
+from moe_jax.planning.count import count_parameters
 
 CONFIGS = {
   "alternating": tiny_config(),
@@ -57,30 +52,3 @@ def test_a_token_visits_top_k_experts():
   assert count.total - count.active == 2 * 3 * EXPERT_PLAIN
   everywhere = count_parameters(CONFIGS["all experts"])
   assert everywhere.total == everywhere.active
-
-
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_training_flops_by_hand(config):
-  # Forward: 2 a parameter; scores and values 2 * 16 each for half of 10 tokens. Backward: twice.
-  per_layer = 2 * (2 * 16) * (10 / 2)
-  forward = 2 * count_parameters(config).matmul_active + len(config.layers()) * per_layer
-  assert training_flops_per_token(config, 10) == 3 * forward
-
-
-def test_forward_flops_agree_with_the_compilers_count():
-  # Wide enough for products to outweigh norms and softmax; the whole scan unrolled, because XLA
-  # counts the body of a loop once.
-  config = dataclasses.replace(
-    tiny_config(segments=DENSE, activation="relu", mlp=dict(hidden_dim=256)),
-    model_dim=96,
-    vocab_size=128,
-    scan_unroll=2,
-  )
-  graph, params = nnx.split(nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0))))
-  B, L = 2, 16
-  tokens = jax.ShapeDtypeStruct((B, L), jnp.int32)
-  compiled = jax.jit(lambda p, t: nnx.merge(graph, p)(t)).lower(params, tokens).compile()
-  attention = 2 * (2 * 16) * L * len(config.layers())
-  # XLA computes the masked half of the scores too; the formula has the other half.
-  ours = training_flops_per_token(config, L) / 3 + attention / 2
-  assert compiled.cost_analysis()["flops"] / (B * L) == pytest.approx(ours, rel=0.05)

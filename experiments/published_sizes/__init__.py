@@ -1,0 +1,1 @@
+"""Do published parameter counts agree with the arithmetic of the published sizes?"""

@@ -1,0 +1,153 @@
+"""Parameter counts as papers, model cards and popular summaries print them."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+  """A model and its printed counts, such as "46.7B"; the note says why they differ if they do."""
+
+  name: str
+  config: str
+  total: str
+  active: str
+  note: str = ""
+
+
+_ROUND = "printed active figure is a round number"
+
+FIGURES = (
+  Figure(
+    "GLaM 0.1B",
+    "configs/glam.py:0_1b",
+    "130M",
+    "130M",
+    "printed figure unexplained: 113 M without, 138 M with an embedding of 32,000",
+  ),
+  Figure(
+    "GLaM 0.1B/64E",
+    "configs/glam.py:0_1b_64e",
+    "1.9B",
+    "145M",
+    "printed active figure unexplained: 128 M without, 152 M with the embedding",
+  ),
+  Figure("GLaM 1.7B", "configs/glam.py:1_7b", "1.7B", "1.7B"),
+  Figure(
+    "GLaM 1.7B/32E",
+    "configs/glam.py:1_7b_32e",
+    "20B",
+    "1.878B",
+    "the paper's 20B is wrong: its own 27B at 64 and 53B at 128 experts put 32 at 14B",
+  ),
+  Figure("GLaM 1.7B/64E", "configs/glam.py:1_7b_64e", "27B", "1.879B"),
+  Figure("GLaM 1.7B/128E", "configs/glam.py:1_7b_128e", "53B", "1.881B"),
+  Figure(
+    "GLaM 1.7B/256E",
+    "configs/glam.py:1_7b_256e",
+    "105B",
+    "1.886B",
+    "printed figures 0.8 % and 0.1 % larger, unexplained",
+  ),
+  Figure("GLaM 8B", "configs/glam.py:8b", "8.7B", "8.7B"),
+  Figure("GLaM 8B/64E", "configs/glam.py:8b_64e", "143B", "9.8B"),
+  Figure("GLaM 137B", "configs/glam.py:137b", "137B", "137B", "printed total is cut, not rounded"),
+  Figure(
+    "GLaM 64B/64E",
+    "configs/glam.py:64b_64e",
+    "1.2T",
+    "96.6B",
+    "only with a vocabulary of 256,000; 94.8B active with the other rows' 32,000",
+  ),
+  Figure("Mixtral 8x7B", "configs/mixtral.py:8x7b", "46.7B", "12.9B"),
+  Figure("Mixtral 8x22B", "configs/mixtral.py:8x22b", "141B", "39B"),
+  Figure("DeepSeekMoE 16B", "configs/deepseek.py:moe_16b", "16.4B", "2.8B"),
+  Figure(
+    "DeepSeek-V2-Lite",
+    "configs/deepseek.py:v2_lite",
+    "15.7B",
+    "2.4B",
+    "2.45B without the input embedding, cut",
+  ),
+  Figure("DeepSeek-V2", "configs/deepseek.py:v2", "236B", "21B"),
+  Figure(
+    "DeepSeek-V3",
+    "configs/deepseek.py:v3",
+    "671B",
+    "37B",
+    "685B on the hub: with multi-token prediction, 11.61B, and its copies of embedding and head",
+  ),
+  Figure(
+    "Llama 4 Scout, text",
+    "configs/llama4.py:scout_text",
+    "109B",
+    "17B",
+    "printed total has the vision tower, 0.87B: 108.6B",
+  ),
+  Figure(
+    "Llama 4 Maverick, text",
+    "configs/llama4.py:maverick_text",
+    "400B",
+    "17B",
+    "printed total is cut; 402B with the vision tower",
+  ),
+  Figure("OLMoE-1B-7B", "configs/olmoe.py:1b_7b", "6.9B", "1.3B"),
+  Figure("Qwen1.5-MoE-A2.7B", "configs/qwen_moe.py:1_5_a2_7b", "14.3B", "2.7B"),
+  Figure("Qwen2-57B-A14B", "configs/qwen_moe.py:2_57b_a14b", "57B", "14B"),
+  Figure(
+    "Qwen3-30B-A3B",
+    "configs/qwen_moe.py:3_30b_a3b",
+    "30.5B",
+    "3.3B",
+    "3.35B with all embeddings, cut",
+  ),
+  Figure("Qwen3-235B-A22B", "configs/qwen_moe.py:3_235b_a22b", "235B", "22B"),
+  Figure("gpt-oss-20b", "configs/gpt_oss.py:20b", "20.9B", "3.6B"),
+  Figure("gpt-oss-120b", "configs/gpt_oss.py:120b", "116.8B", "5.1B"),
+  Figure("Phi-3.5-MoE", "configs/phi_moe.py:3_5", "42B", "6.6B"),
+  Figure("DBRX", "configs/dbrx.py:base", "132B", "36B"),
+  Figure(
+    "GLM-4.5-Air",
+    "configs/glm4_moe.py:4_5_air",
+    "106B",
+    "12B",
+    "printed total is without embeddings, as its active figure: 105.6B",
+  ),
+  Figure(
+    "GLM-4.5",
+    "configs/glm4_moe.py:4_5",
+    "355B",
+    "32B",
+    "printed total is without embeddings and with multi-token prediction: 351.2B + 4.0B",
+  ),
+  Figure("Granite 3.0 1B-A400M", "configs/granite_moe.py:1b_a400m", "1.3B", "400M", _ROUND),
+  Figure("Granite 3.0 3B-A800M", "configs/granite_moe.py:3b_a800m", "3.3B", "800M", _ROUND),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+  """A count in circulation that no arithmetic of the model gives."""
+
+  text: str
+  config: str
+  reason: str
+
+
+CLAIMS = (
+  Claim(
+    "Mixtral 8x7B has 56B parameters",
+    "configs/mixtral.py:8x7b",
+    "8 x 7 also multiplies attention, embedding and head, which the model has once",
+  ),
+  Claim(
+    "Mixtral 8x7B has 1.7T parameters",
+    "configs/mixtral.py:8x7b",
+    "36 times too many; models of that size are others, such as Switch-C (1.57T)",
+  ),
+  Claim("Mixtral 8x22B has 176B parameters", "configs/mixtral.py:8x22b", "8 x 22, as above"),
+  Claim(
+    "GLaM 1.7B/32E has 20B parameters",
+    "configs/glam.py:1_7b_32e",
+    "printed in the paper's Table 4; half of the experts of 1.7B/64E, whose 27B is right",
+  ),
+)

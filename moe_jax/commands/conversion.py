@@ -1,0 +1,42 @@
+"""The command `moe-jax convert`."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+from flax import nnx
+
+from moe_jax.convert import load_pretrained, save_pretrained
+from moe_jax.convert.families import family_of
+from moe_jax.errors import UserError
+from moe_jax.models import Decoder, ModelConfig
+from moe_jax.training.saved_run import load_run
+from moe_jax.training.state import model_graph
+
+
+def convert(args: SimpleNamespace) -> None:
+  """Writes the model of a run, or of a checkpoint, as a checkpoint of the hub.
+
+  Raises:
+    UserError: not exactly one of --workdir and --checkpoint, or a model that cannot be read or
+      written.
+  """
+  if (args.workdir is None) == (args.checkpoint is None):
+    given = "both" if args.workdir is not None else "neither"
+    raise UserError(f"moe-jax convert takes --workdir=DIR or --checkpoint=DIR; {given} was given")
+  if args.workdir is not None:
+    model, config = _trained(Path(args.workdir), args.step)
+  else:
+    model, config = load_pretrained(args.checkpoint, dtype=args.dtype)
+  save_pretrained(model, config, args.out, like=args.checkpoint)
+  size = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+  print(f"{family_of(config).architecture}, {size:,} numbers, in {args.out}")
+
+
+def _trained(workdir: Path, step: int | None) -> tuple[Decoder, ModelConfig]:
+  """Returns the model of a run, dropless: no original drops tokens outside training."""
+  experiment, _, state = load_run(workdir, step)
+  config = experiment.model.dropless()
+  if config != experiment.model:
+    print("note: the run's router drops tokens when experts are full; the checkpoint's never does")
+  return nnx.merge(model_graph(config), state), config

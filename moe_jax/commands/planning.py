@@ -1,0 +1,131 @@
+"""The command `moe-jax plan`."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from moe_jax.config import dataclass_from, section
+from moe_jax.data.config import DataConfig
+from moe_jax.errors import UserError
+from moe_jax.planning.plan import Plan, plan_model
+from moe_jax.training.config import ExperimentConfig, model_from
+
+_WIDTH = 100
+_UNITS = ("", "K", "M", "G", "T", "P", "E")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+  """What a plan takes of a config beside the model."""
+
+  batch_size: int = ExperimentConfig.batch_size
+  accumulation_steps: int = ExperimentConfig.accumulation_steps
+  sequence_length: int = DataConfig.sequence_length
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      if getattr(self, field.name) < 1:
+        raise UserError(
+          f"{field.name} = {getattr(self, field.name)} is refused: it must be at least 1"
+        )
+
+
+def plan(args: SimpleNamespace) -> None:
+  """Prints what the model of a config costs, as a table or as JSON."""
+  mapping = args.config.to_dict()
+  call = _call_of(mapping)
+  result = plan_model(
+    model_from(mapping),
+    # A microbatch is what the model is called with.
+    batch_size=max(1, call.batch_size // call.accumulation_steps),
+    sequence_length=call.sequence_length,
+  )
+  if args.json:
+    print(json.dumps({"config": args.config_source} | dataclasses.asdict(result), indent=2))
+    return
+  console = Console(width=_WIDTH, highlight=False, color_system=None)
+  console.print(f"{args.config_source}")
+  console.print(_parts(result))
+  console.print(_costs(result))
+
+
+def _call_of(mapping: dict[str, Any]) -> _Call:
+  given = section(mapping, "config") | section(mapping.get("data", {}), "config.data")
+  names = [field.name for field in dataclasses.fields(_Call)]
+  return dataclass_from(_Call, {name: given[name] for name in names if name in given})
+
+
+def _table(*columns: str) -> Table:
+  table = Table(box=SIMPLE_HEAD, pad_edge=False)
+  for i, column in enumerate(columns):
+    table.add_column(column, justify="right" if i else "left", no_wrap=True)
+  return table
+
+
+def _parts(plan: Plan) -> Table:
+  """Returns parameters and forward FLOPs by component."""
+  table = _table("parameters", "total", "active", "forward FLOPs a token")
+  flops = dict(plan.flops_per_token_forward_by_component)
+  for name, part in plan.components.items():
+    total, active = part["total_parameters"], part["active_parameters"]
+    table.add_row(_words(name), f"{total:,}", f"{active:,}", _compact(flops.pop(name, 0.0)))
+  for name, value in flops.items():
+    table.add_row(_words(name), "", "", _compact(value))
+  table.add_section()
+  table.add_row(
+    "all",
+    f"{plan.total_parameters:,}",
+    f"{plan.active_parameters:,}",
+    _compact(plan.flops_per_token_forward),
+  )
+  without = plan.active_parameters_without_input_embedding
+  table.add_row("without the input embedding", "", f"{without:,}", "")
+  if plan.multi_token_prediction_parameters:
+    further = plan.multi_token_prediction_parameters
+    table.add_row("multi-token prediction, apart", f"{further:,}", "", "")
+  if plan.selection_biases:
+    table.add_row("selection biases, apart", f"{plan.selection_biases:,}", "", "")
+  return table
+
+
+def _costs(plan: Plan) -> Table:
+  """Returns FLOPs and bytes of the whole model."""
+  L, B = plan.sequence_length, plan.batch_size
+  table = _table("cost", "", "")
+  rows = [
+    ("forward FLOPs a token", _compact(plan.flops_per_token_forward), f"{L:,} tokens a sequence"),
+    ("training FLOPs a token", _compact(plan.flops_per_token_training), "forward and backward"),
+    ("cache bytes a token", f"{plan.cache_bytes_per_token:,}", "in the dtype of activations"),
+    ("weight bytes", _compact(plan.weight_bytes), "float32"),
+    ("gradient bytes", _compact(plan.gradient_bytes), "float32"),
+    ("optimizer bytes", _compact(plan.optimizer_bytes), "AdamW, float32"),
+  ]
+  further = plan.multi_token_prediction_flops_per_token_training
+  if further:
+    rows.insert(2, ("multi-token prediction's", _compact(further), "in training, on top"))
+  if plan.dispatch_form is not None:
+    form = f"dispatch = {plan.dispatch_form}, {B} sequences a call"
+    extra = plan.dispatch_flops_per_token_forward + plan.empty_slot_flops_per_token_forward
+    rows.insert(-4, ("rows experts compute a token", f"{plan.slots_per_token:.4g}", form))
+    rows.insert(-4, ("forward FLOPs beyond the model's", _compact(extra), "moves and empty slots"))
+  for row in rows:
+    table.add_row(*row)
+  table.columns[2].justify = "left"
+  return table
+
+
+def _words(name: str) -> str:
+  return name.replace("_", " ")
+
+
+def _compact(value: float) -> str:
+  """Writes a number with four digits and a decimal unit: 46702792704 -> 46.70 G."""
+  power = 0
+  while abs(value) >= 999.95 and power < len(_UNITS) - 1:
+    value, power = value / 1000, power + 1
+  return f"{value:.4g} {_UNITS[power]}".strip()

@@ -1,0 +1,108 @@
+"""DeepSeekMoE 16B (arXiv 2401.06066), as in the code released with its checkpoint."""
+
+from typing import Any
+
+from moe_jax.convert.family import Family, as_segments
+from moe_jax.convert.hub_config import HubConfig
+from moe_jax.convert.parts import (
+  DENSE,
+  LLAMA_PARTS,
+  SHARED_EXPERTS,
+  dense,
+  experts,
+  read_attention,
+  read_model,
+  read_network,
+  renormalized,
+  router,
+  shared_width,
+  write_attention,
+  write_dense_until,
+  write_model,
+  write_renormalized,
+  write_shared,
+)
+from moe_jax.models import ModelConfig
+from moe_jax.moe.layer import MoEConfig
+from moe_jax.moe.options import BalanceScope, Grouping
+from moe_jax.moe.presets import preset
+
+
+def _blocks(hub: HubConfig) -> list[str]:
+  """Returns dense blocks first, then one with experts at every multiple of the frequency."""
+  first, frequency = hub.get("first_k_dense_replace", 0), hub.get("moe_layer_freq", 1)
+  return [
+    "attention:moe" if layer >= first and layer % frequency == 0 else "attention:dense"
+    for layer in range(hub.get("num_hidden_layers"))
+  ]
+
+
+def _balance(hub: HubConfig) -> dict[str, Any]:
+  """Returns the fields of the released gate's loss: of every sequence, or of all tokens."""
+  of_sequences = hub.get("seq_aux", True)
+  return dict(
+    balance_loss_weight=hub.get("aux_loss_alpha", 0.001),
+    grouping=Grouping.SEQUENCE if of_sequences else Grouping.BATCH,
+    balance_scope=BalanceScope.GROUP if of_sequences else BalanceScope.BATCH,
+  )
+
+
+def _read(hub: HubConfig) -> ModelConfig:
+  hub.only("scoring_func", "softmax")
+  blocks, biased = _blocks(hub), hub.get("attention_bias", False)
+  routing = preset(
+    "deepseek_moe",
+    num_experts=hub.get("n_routed_experts"),
+    top_k=hub.get("num_experts_per_tok"),
+    weighting=renormalized(hub, False),
+    **_balance(hub),
+  )
+  return ModelConfig(
+    **read_model(hub),
+    segments=as_segments(blocks),
+    attention=read_attention(hub, qkv_bias=biased, out_bias=biased),
+    mlp=dense(hub, blocks, hub.get("intermediate_size")),
+    moe=MoEConfig(
+      routing,
+      **read_network(hub, hub.get("moe_intermediate_size")),
+      shared_hidden_dim=shared_width(hub),
+    ),
+  )
+
+
+def _write(config: ModelConfig) -> dict[str, Any]:
+  layers, routing = config.moe_layers(), config.moe.routing
+  attention = write_attention(config.attention)
+  # The released code has no such setting: heads share the width.
+  if config.attention.head_dim * config.attention.num_heads == config.model_dim:
+    del attention["head_dim"]
+  return {
+    **write_model(config),
+    **attention,
+    **write_dense_until(config),
+    **write_shared(config),
+    **write_renormalized(config),
+    "moe_layer_freq": layers[1] - layers[0] if len(layers) > 1 else 1,
+    "attention_bias": config.attention.qkv_bias,
+    "n_routed_experts": routing.num_experts,
+    "num_experts_per_tok": routing.top_k,
+    "scoring_func": "softmax",
+    "aux_loss_alpha": routing.balance_loss_weight,
+    "seq_aux": routing.balance_scope != BalanceScope.BATCH,
+  }
+
+
+DEEPSEEK_V1 = Family(
+  architecture="DeepseekForCausalLM",
+  model_type="deepseek",
+  mixers=("attention",),
+  read=_read,
+  write=_write,
+  rules=(
+    *LLAMA_PARTS,
+    *DENSE,
+    router("mlp.gate.weight"),
+    *experts("mlp.experts"),
+    *SHARED_EXPERTS,
+  ),
+)

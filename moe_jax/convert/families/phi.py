@@ -1,0 +1,78 @@
+"""Phi-3.5-MoE (arXiv 2404.14219); the gate is GRIN's (arXiv 2409.12136)."""
+
+from typing import Any
+
+from moe_jax.convert.family import Family, as_segments
+from moe_jax.convert.hub_config import HubConfig
+from moe_jax.convert.parts import (
+  LLAMA_PARTS,
+  experts,
+  pooled_balance,
+  read_attention,
+  read_model,
+  read_network,
+  router,
+  write_attention,
+  write_balance_weight,
+  write_model,
+)
+from moe_jax.layers.norms import Norm
+from moe_jax.models import ModelConfig
+from moe_jax.moe.layer import MoEConfig
+from moe_jax.moe.presets import preset
+
+
+def _read(hub: HubConfig) -> ModelConfig:
+  blocks = ["attention:moe"] * hub.get("num_hidden_layers")
+  biased = hub.get("attention_bias", False)
+  routing = preset(
+    "grin",
+    num_experts=hub.get("num_local_experts", 16),
+    top_k=hub.get("num_experts_per_tok", 2),
+    sparsemixer_epsilon=hub.get("router_jitter_noise", 0.01),
+    **pooled_balance(hub, blocks, 0.001),
+  )
+  return ModelConfig(
+    **read_model(hub, epsilon=1e-5),
+    norm=Norm.LAYERNORM,
+    head_bias=bool(hub.get("lm_head_bias", False)),
+    segments=as_segments(blocks),
+    attention=read_attention(
+      hub,
+      theta=1e6,
+      window=hub.get("sliding_window", None),
+      qkv_bias=biased,
+      out_bias=biased,
+    ),
+    moe=MoEConfig(routing, **read_network(hub, hub.get("intermediate_size"))),
+  )
+
+
+def _write(config: ModelConfig) -> dict[str, Any]:
+  moe, attention = config.moe, config.attention
+  return {
+    **write_model(config),
+    **write_attention(attention),
+    "sliding_window": attention.window,
+    "attention_bias": attention.qkv_bias,
+    "lm_head_bias": config.head_bias,
+    "intermediate_size": moe.hidden_dim,
+    "num_local_experts": moe.routing.num_experts,
+    "num_experts_per_tok": moe.routing.top_k,
+    "router_jitter_noise": moe.routing.sparsemixer_epsilon,
+    "router_aux_loss_coef": write_balance_weight(config),
+  }
+
+
+PHIMOE = Family(
+  architecture="PhimoeForCausalLM",
+  model_type="phimoe",
+  mixers=("attention",),
+  read=_read,
+  write=_write,
+  rules=(
+    *LLAMA_PARTS,
+    router("block_sparse_moe.gate.weight"),
+    *experts("block_sparse_moe.experts", ("w1", "w3", "w2")),
+  ),
+)

@@ -1,0 +1,192 @@
+"""The settings of a checkpoint of the hub, `config.json`: aliases, defaults, rotary positions."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moe_jax.choices import did_you_mean
+from moe_jax.errors import UserError
+from moe_jax.layers.mlp import Activation
+from moe_jax.layers.rope_scaling import RopeScaling, RopeScalingKind
+
+CONFIG_FILE = "config.json"
+_NEEDED = object()
+
+# Keys of one meaning: families and years differ.
+_ALIASES = (
+  ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+  ("num_experts_per_tok", "num_experts_per_token", "moe_top_k"),
+  ("hidden_size", "d_model"),
+  ("num_hidden_layers", "n_layers"),
+  ("num_attention_heads", "n_heads"),
+  ("num_key_value_heads", "kv_n_heads"),
+  ("router_aux_loss_coef", "moe_loss_weight"),
+)
+_ALIASES_OF = {name: names for names in _ALIASES for name in names}
+
+# "gelu" is the exact one to the hub, the tanh approximation here.
+_ACTIVATIONS = {
+  "silu": Activation.SILU,
+  "swish": Activation.SILU,
+  "gelu": Activation.GELU_EXACT,
+  "gelu_new": Activation.GELU,
+  "gelu_pytorch_tanh": Activation.GELU,
+  "relu": Activation.RELU,
+}
+
+# Names of the fields of `RopeScaling` where the hub has others.
+_SCALING_KEYS = {
+  "factor": "factor",
+  "original_max_position": "original_max_position_embeddings",
+  "beta_fast": "beta_fast",
+  "beta_slow": "beta_slow",
+  "truncate": "truncate",
+  "mscale": "mscale",
+  "mscale_all_dim": "mscale_all_dim",
+  "attention_factor": "attention_factor",
+  "low_freq_factor": "low_freq_factor",
+  "high_freq_factor": "high_freq_factor",
+}
+_FIELDS_OF = {
+  RopeScalingKind.LINEAR: ("factor",),
+  RopeScalingKind.YARN: tuple(list(_SCALING_KEYS)[:8]),
+  RopeScalingKind.LLAMA3: (
+    "factor",
+    "original_max_position",
+    "low_freq_factor",
+    "high_freq_factor",
+  ),
+}
+
+
+class HubConfig:
+  """Reads the settings of one model; an absent and a null setting are the same."""
+
+  def __init__(self, values: Mapping[str, Any]):
+    self.values = dict(values)
+
+  def get(self, name: str, default: Any = _NEEDED) -> Any:
+    """Returns a setting under this name or one of its aliases.
+
+    Raises:
+      UserError: it is absent and there is no default.
+    """
+    for alias in _ALIASES_OF.get(name, (name,)):
+      if self.values.get(alias) is not None:
+        return self.values[alias]
+    if default is _NEEDED:
+      raise UserError(f"{CONFIG_FILE} has no {name!r}; {did_you_mean(name, self.values)}")
+    return default
+
+  def section(self, name: str) -> "HubConfig":
+    """Returns the settings of a nested section, empty if it is absent."""
+    return HubConfig(self.get(name, {}))
+
+  def only(self, name: str, *values: Any) -> None:
+    """Refuses a setting with another value than these; absent, it has the first of them.
+
+    Raises:
+      UserError: another value, which would change the results.
+    """
+    given = self.get(name, values[0])
+    if given not in values:
+      wanted = " or ".join(json.dumps(value) for value in values)
+      raise UserError(
+        f"{CONFIG_FILE} has {name} = {json.dumps(given)}, which is not supported: expected {wanted}"
+      )
+
+  def activation(self, name: str = "hidden_act") -> Activation:
+    """Returns the nonlinearity, silu if it is absent."""
+    given = self.get(name, "silu")
+    if given not in _ACTIVATIONS:
+      raise UserError(
+        f"{CONFIG_FILE} has {name} = {given!r}, which is not supported;"
+        f" {did_you_mean(str(given), _ACTIVATIONS)}"
+      )
+    return _ACTIVATIONS[given]
+
+  def rope(
+    self, default_theta: float = 10_000.0, default_part: float = 1.0
+  ) -> tuple[float, RopeScaling | None, float]:
+    """Returns theta, the scaling and the rotated part of a head.
+
+    Reads `rope_parameters`, which holds everything, and the older `rope_theta` beside
+    `rope_scaling`, whose kind is called "rope_type" or "type".
+
+    Raises:
+      UserError: a kind of scaling that is not one of `RopeScalingKind`.
+    """
+    given = {**(self.get("rope_scaling", None) or {}), **self.get("rope_parameters", {})}
+    theta = given.get("rope_theta") or self.get("rope_theta", default_theta)
+    partial = given.get("partial_rotary_factor") or self.get("partial_rotary_factor", default_part)
+    kind = given.get("rope_type") or given.get("type") or "default"
+    if kind == "default":
+      return float(theta), None, float(partial)
+    if kind not in list(RopeScalingKind):
+      raise UserError(
+        f"{CONFIG_FILE} has the rope scaling {kind!r}, which is not supported: expected one of"
+        f" default, {', '.join(RopeScalingKind)}"
+      )
+    return float(theta), self._scaling(RopeScalingKind(kind), given), float(partial)
+
+  def _scaling(self, kind: RopeScalingKind, given: Mapping[str, Any]) -> RopeScaling:
+    fields = {name: given.get(_SCALING_KEYS[name]) for name in _FIELDS_OF[kind]}
+    if "original_max_position" in fields and not fields["original_max_position"]:
+      fields["original_max_position"] = self.get("max_position_embeddings")
+    if not fields["factor"]:
+      length = self.get("max_position_embeddings")
+      fields["factor"] = length / fields.get("original_max_position", length)
+    # Zero stands for absent in released files.
+    return RopeScaling(kind, **{name: v for name, v in fields.items() if v or v is False})
+
+
+def write_activation(activation: Activation) -> str:
+  """Returns the hub's name of a nonlinearity.
+
+  Raises:
+    UserError: it has none.
+  """
+  for name, kind in _ACTIVATIONS.items():
+    if kind == activation:
+      return name
+  raise UserError(
+    f"activation = {activation} has no name on the hub; expected one of"
+    f" {', '.join(dict.fromkeys(_ACTIVATIONS.values()))}"
+  )
+
+
+def write_rope(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
+  """Returns the settings of rotary positions in the older style, which all releases read."""
+  if scaling is None:
+    return {"rope_theta": theta, "rope_scaling": None}
+  values = {_SCALING_KEYS[name]: getattr(scaling, name) for name in _FIELDS_OF[scaling.kind]}
+  kind = {"rope_type": str(scaling.kind), "type": str(scaling.kind)}
+  settings = {
+    "rope_theta": theta,
+    "rope_scaling": kind | {name: value for name, value in values.items() if value is not None},
+  }
+  if scaling.original_max_position is not None:
+    length = round(scaling.factor * scaling.original_max_position)
+    settings["max_position_embeddings"] = length
+  return settings
+
+
+def read_hub_config(folder: Path) -> HubConfig:
+  """Reads `config.json` of a checkpoint folder.
+
+  Raises:
+    UserError: the folder or the file is missing, or the file is no JSON object.
+  """
+  path = folder / CONFIG_FILE
+  if not folder.is_dir():
+    raise UserError(f"{folder} is not a folder; expected one that holds {CONFIG_FILE}")
+  if not path.is_file():
+    raise UserError(f"{folder} has no {CONFIG_FILE}; expected a folder that a model was saved to")
+  try:
+    values = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise UserError(f"{path} is not valid JSON ({error}); save or download it again") from None
+  if not isinstance(values, dict):
+    raise UserError(f"{path} holds {type(values).__name__}; expected the settings of a model")
+  return HubConfig(values)

@@ -1,0 +1,43 @@
+"""Bytes of weights, optimizer state and cache, over all devices together."""
+
+import jax.numpy as jnp
+
+from moe_jax.models import ModelConfig
+from moe_jax.planning.count import count_parameters
+from moe_jax.planning.sizes import cache_width, router_state_size
+
+# Of float32, and of the int32 of tables.
+_WORD_BYTES = 4
+
+
+def weight_bytes(config: ModelConfig) -> int:
+  """Returns the bytes of the parameters, float32 as training keeps them.
+
+  Router state and the modules of multi-token prediction are included.
+  """
+  state = 0
+  if config.moe is not None:
+    layers = len(config.moe_layers(train=True))
+    state = layers * router_state_size(config.vocab_size, config.moe)
+  return _WORD_BYTES * (_all_parameters(config) + state)
+
+
+def optimizer_bytes(config: ModelConfig) -> int:
+  """Returns the bytes of AdamW's two moments, float32; its step counters are left out."""
+  return 2 * _WORD_BYTES * _all_parameters(config)
+
+
+def cache_bytes_per_token(config: ModelConfig) -> int:
+  """Returns the bytes that decoding keeps of one token, in the dtype of activations.
+
+  A window or chunk does not shorten the cache, which has a slot for every token. What says which
+  slots are real (one byte a slot, one more in a block that takes only some tokens) is left out.
+  """
+  mixers = config.mixers()
+  numbers = sum(cache_width(mixers[block[0]]) for block in config.layers())
+  return numbers * jnp.dtype(config.dtype).itemsize
+
+
+def _all_parameters(config: ModelConfig) -> int:
+  count = count_parameters(config)
+  return count.total + count.multi_token.total

@@ -1,0 +1,45 @@
+"""The page of printed and exact counts is what its script writes, and explains every difference."""
+
+import json
+import re
+
+import pytest
+from training import tiny
+
+from experiments.published_sizes.figures import CLAIMS, FIGURES
+from experiments.published_sizes.table import README, agrees, convention, count, page
+
+
+def test_the_page_is_up_to_date(monkeypatch):
+  monkeypatch.chdir(tiny.ROOT)
+  assert README.read_text() == page()
+
+
+@pytest.mark.parametrize("figure", FIGURES, ids=lambda figure: figure.name)
+def test_a_printed_figure_that_disagrees_has_a_remark(figure, monkeypatch):
+  monkeypatch.chdir(tiny.ROOT)
+  exact = count(figure.config)
+  if not (agrees(exact.total, figure.total) and convention(exact, figure.active)):
+    assert figure.note
+
+
+def test_every_published_size_has_a_row():
+  rows = {figure.config for figure in FIGURES}
+  counted = json.loads((tiny.ROOT / "tests/fixtures/published_parameters.json").read_text())
+  assert set(counted["models"]) <= rows
+  for path in (tiny.ROOT / "configs").glob("*.py"):
+    variants = re.findall(rf"^  configs/{path.name}:(\w+)", path.read_text(), flags=re.M)
+    if "tiny" in variants:
+      assert {f"configs/{path.name}:{v}" for v in variants if v != "tiny"} <= rows
+
+
+def test_figures_agree_when_they_round_to_the_printed_digits():
+  assert agrees(46_702_792_704, "46.7B") and agrees(1_161_756_418_048, "1.2T")
+  assert agrees(152_296_704, "152M") and not agrees(152_296_704, "145M")
+  assert not agrees(37_552_282_624, "37B")
+
+
+def test_the_known_errors_are_named():
+  text = " ".join(claim.text for claim in CLAIMS)
+  for wrong in ("8x7B has 56B", "8x7B has 1.7T", "8x22B has 176B", "32E has 20B"):
+    assert wrong in text

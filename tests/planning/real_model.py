@@ -1,0 +1,41 @@
+"""The shapes of a real model, added up part by part: what closed formulas are held to."""
+
+import math
+
+import jax
+from flax import nnx
+
+from moe_jax.models import Decoder, ModelConfig
+from moe_jax.moe.router import RouterState
+
+
+def abstract_model(config: ModelConfig) -> Decoder:
+  """Returns the model with shapes in place of arrays."""
+  return nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0)))
+
+
+def sizes_by_component(config: ModelConfig) -> dict[str, int]:
+  """Returns the parameters of each component, multi-token modules and biases under their own."""
+  model, sizes = abstract_model(config), {}
+  for path, variable in nnx.to_flat_state(nnx.state(model)):
+    name = "multi_token" if path[0] == "mtp" else component(path)
+    if isinstance(variable, RouterState):
+      name = f"{name} state"
+    sizes[name] = sizes.get(name, 0) + math.prod(variable.get_value().shape)
+  return sizes
+
+
+def component(path: tuple) -> str:
+  """Names the component that a parameter belongs to."""
+  words = [word for word in path if isinstance(word, str)]
+  if words[0] in ("embedding", "head", "head_bias"):
+    return words[0].removesuffix("_bias")
+  if words[0] == "final_norm" or {"mixer_norm", "feed_forward_norm"} & set(words):
+    return "norms"
+  if "mixer" in words:
+    return "attention"
+  if "feed_forward" not in words:
+    return "depth_router"
+  inner = words[words.index("feed_forward") + 1]
+  names = {"router": "router", "experts": "routed_experts", "shared": "shared_experts"}
+  return names.get(inner, "dense_feed_forward")

@@ -1,0 +1,53 @@
+"""Bytes are those of the arrays that the model, its optimiser and its cache would be made of."""
+
+import jax
+import pytest
+from planning.real_model import abstract_model
+from training import tiny
+
+from moe_jax.config.load import load_config
+from moe_jax.models import ModelConfig
+from moe_jax.planning.memory import cache_bytes_per_token, optimizer_bytes, weight_bytes
+from moe_jax.training.config import OptimizerConfig, model_from
+from moe_jax.training.optimizer import make_optimizer
+from moe_jax.training.state import abstract_state
+
+SOURCES = [
+  "glam.py:tiny",
+  "mixtral.py:8x7b",
+  "deepseek.py:tiny",
+  "deepseek.py:v2",
+  "llama4.py:tiny",
+  "llama4.py:maverick_text",
+]
+
+
+def model_of(source: str) -> ModelConfig:
+  return model_from(load_config(f"{tiny.ROOT}/configs/{source}").to_dict())
+
+
+def bytes_of(tree) -> int:
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_token_takes_the_bytes_of_one_cache_slot(source):
+  config = model_of(source)
+  model = abstract_model(config)
+  few, more = (jax.eval_shape(lambda n=n: model.init_cache(1, n)) for n in (7, 8))
+  # One byte a slot tells whether it holds a token.
+  assert bytes_of(more) - bytes_of(few) == cache_bytes_per_token(config) + 1
+
+
+def test_deepseeks_cache_is_the_papers():
+  # arXiv 2405.04434 section 2.1.4: (d_c + d_h^R) l = 576 numbers in each of 60 layers.
+  assert cache_bytes_per_token(model_of("deepseek.py:v2")) == 2 * 576 * 60
+
+
+@pytest.mark.parametrize("source", ["mixtral.py:tiny", "deepseek.py:v3"])
+def test_weights_and_moments_are_those_of_a_training_state(source):
+  config = model_of(source)
+  state = abstract_state(config, make_optimizer(OptimizerConfig(), 10))
+  assert bytes_of((state.params, state.router_state)) == weight_bytes(config)
+  counters = bytes_of(state.opt_state) - optimizer_bytes(config)
+  assert 0 <= counters <= 16
