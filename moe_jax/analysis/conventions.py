@@ -89,15 +89,18 @@ def differences(a: RoutingConfig, b: RoutingConfig) -> list[Difference]:
 def same_size(first: str, second: str, num_experts: int = SAMPLE_EXPERTS):
   """Returns two presets with the same number of experts and, where both can, the same K.
 
-  K is the first preset's if the second accepts it, else the second's if the first does, else each
-  keeps its own.
+  K is the first preset's if the second accepts it and can be trained with it, else the second's if
+  that holds of the first, else each keeps its own.
   """
   own = [preset(name).top_k for name in (first, second)]
   for top_k in own:
     try:
-      return tuple(preset(name, num_experts=num_experts, top_k=top_k) for name in (first, second))
+      pair = tuple(preset(name, num_experts=num_experts, top_k=top_k) for name in (first, second))
+      for config in pair:
+        config.check_trainable()
     except UserError:
       continue
+    return pair
   return tuple(preset(name, num_experts=num_experts) for name in (first, second))
 
 

@@ -89,13 +89,21 @@ def _print_comparison(
   table = _table("", *names)
   for label, show in _OUTCOMES.items():
     table.add_row(label, *(show(outcome) for outcome in result.outcomes))
-  table.add_row("K", *(str(config.top_k) for config in result.configs))
+  own = (preset(name).top_k for name in names)
+  table.add_row(
+    "K", *(_choices(config.top_k, k) for config, k in zip(result.configs, own, strict=True))
+  )
   console.print(table)
   console.print(
     f"{_percent(result.asked_differently)} of tokens ask different sets of experts,"
     f" {_percent(result.seen_differently)} are seen by different ones after drops,"
     f" {_percent(result.dropped_differently)} lose a different number of assignments."
   )
+
+
+def _choices(top_k: int, own: int) -> str:
+  """Returns K of the comparison, and the preset's own where it had to give way."""
+  return str(top_k) if top_k == own else f"{top_k}, own {own}"
 
 
 def _percent(share: float) -> str:

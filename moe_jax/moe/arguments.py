@@ -1,4 +1,4 @@
-"""What `route` refuses: shapes that do not fit, and what a config needs and a call lacks."""
+"""What `route` refuses: misfitting shapes, what a call lacks, what no selection may return."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from moe_jax.errors import UserError
 from moe_jax.moe.config import RoutingConfig
 from moe_jax.moe.options import BalanceScope, Granularity, Noise
+from moe_jax.moe.registry import Chooser, ExpertChoice, SlotMixture, TokenChoice
 
 
 def checked_mask(
@@ -83,6 +84,24 @@ def check_key(config: RoutingConfig, key: jax.Array | None) -> None:
       f"{_what_draws(config)} draws random numbers in training: key = None was given, a"
       " jax.random.key is needed"
     )
+
+
+def check_choice(config: RoutingConfig, chosen: object) -> None:
+  """Refuses what a selection of one's own may not return."""
+  chooser = config.selector.chooser
+  expected = _CHOICES[chooser]
+  if not isinstance(chosen, expected):
+    raise UserError(
+      f"selection = {config.selection} returned a {type(chosen).__name__}; one with chooser ="
+      f" {chooser} returns a moe_jax.moe.registry.{expected.__name__}"
+    )
+
+
+_CHOICES = {
+  Chooser.TOKEN: TokenChoice,
+  Chooser.EXPERT: ExpertChoice,
+  Chooser.SLOT: SlotMixture,
+}
 
 
 def _needs_segments(config):

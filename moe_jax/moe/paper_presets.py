@@ -353,8 +353,9 @@ PAPER_PRESETS: dict[str, dict] = {
     balance_loss_weight=0.001,
   ),
   # gpt-oss-120b, arXiv 2508.10925 section 2.2: 4 of 128 experts, softmax over the selected logits.
-  # The training loss is open; 0.001 is the default of the released config class. The learned bias
-  # on the logits is that of the released router.
+  # The training loss is open. The released config has 0.9, for a loss that it turns off
+  # (`output_router_logits`); 0.001 is the present default of its class in transformers. The learned
+  # bias on the logits is that of the released router.
   "gpt_oss": dict(
     num_experts=128,
     top_k=4,

@@ -86,6 +86,7 @@ def route(
     view = _view(logits + noise, config, mask, bias, ids, keys["select"], train)
     call = Call(view, config, logits, std, global_load)
     chosen = config.selector.function(view, config)
+    arguments.check_choice(config, chosen)
     return _PLANS[config.selector.chooser](call, chosen, keys["place"])
 
 

@@ -1,6 +1,7 @@
 """What `moe-jax conventions` and `moe-jax audit` say, and that it is so."""
 
 import dataclasses
+import itertools
 
 import pytest
 from fast_compilation import compile_fast  # noqa: F401
@@ -88,6 +89,18 @@ def test_the_difference_of_two_presets_is_printed_with_what_it_changes(capsys):
   assert "scores to combine weights" in text and "seed 3" in text
   # Softmax over two and raw weights change no choice.
   assert "0.0 % of tokens ask different sets of experts" in text
+
+
+def test_any_two_presets_can_be_compared_as_in_training():
+  for first, second in itertools.product(preset_names(), repeat=2):
+    for config in same_size(first, second):
+      config.check_trainable()
+
+
+def test_a_comparison_tells_whose_number_of_choices_gave_way(capsys):
+  assert main(["conventions", "--diff", "switch", "mixtral"]) == 0
+  rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+  assert ["K", "2,", "own", "1", "2"] in rows
 
 
 def test_an_audit_of_a_config_reports_the_moe_layers(capsys):

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from moe_jax.errors import UserError
-from moe_jax.moe import MoEConfig, MoELayer, RoutingConfig, preset, register_selection, route
+from moe_jax.moe import (
+  MoEConfig,
+  MoELayer,
+  RoutingConfig,
+  preset,
+  register_selection,
+  registry,
+  route,
+)
 
 
 def message(call, *arguments, **options):
@@ -141,6 +149,19 @@ def test_an_unknown_selection_names_the_nearest():
 def test_a_name_of_a_selection_is_taken_once():
   text = message(register_selection("top_k"), lambda view, config: None)
   assert "'top_k'" in text and "another name" in text
+
+
+@pytest.mark.parametrize(
+  ("chooser", "name"), [("token", "TokenChoice"), ("expert", "ExpertChoice")]
+)
+def test_a_selection_that_returns_no_choice_is_refused(chooser, name, monkeypatch):
+  def ids_alone(view, config):
+    return jnp.zeros((*view.mask.shape, config.top_k), jnp.int32)
+
+  selector = registry.Selector(ids_alone, chooser=registry.Chooser(chooser))
+  monkeypatch.setitem(registry._SELECTORS, "ids_alone", selector)
+  text = message(route, jnp.zeros((2, 6, 4)), RoutingConfig(4, selection="ids_alone"))
+  assert "selection = ids_alone" in text and name in text and chooser in text
 
 
 RANKLESS = ("sample", "random", "hash", "table", "positive", "hierarchical")
