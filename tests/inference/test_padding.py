@@ -15,7 +15,7 @@ CONFIG = tiny_config(
   latent_attention=latent_config(),
 )
 # A model that does not repeat itself.
-MODEL = random_model(CONFIG, 2)
+MODEL = random_model(CONFIG, 9)
 LENGTH, NEW = 5, 2
 PROMPTS = random_tokens(CONFIG, 2, LENGTH)
 
