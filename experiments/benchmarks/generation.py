@@ -39,8 +39,9 @@ def main(argv: list[str] | None = None) -> None:
   )
   for name in _ATTENTIONS:
     config = make_config(name)
+    model = make_model(config)
     for context in args.contexts:
-      print(_row(name, config, context, measure(config, context, args)), flush=True)
+      print(_row(name, config, context, measure(model, context, args)), flush=True)
 
 
 def make_config(attention: str) -> ModelConfig:
@@ -55,10 +56,17 @@ def make_config(attention: str) -> ModelConfig:
   ).dropless()
 
 
-def measure(config: ModelConfig, context: int, args: argparse.Namespace) -> list[list[float]]:
+def make_model(config: ModelConfig) -> Decoder:
+  """Returns the model with random parameters, made by one program."""
+  graph, _ = nnx.split(nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0))))
+  params = jax.jit(lambda key: nnx.split(Decoder(config, key=key))[1])(jax.random.key(0))
+  return nnx.merge(graph, params)
+
+
+def measure(model: Decoder, context: int, args: argparse.Namespace) -> list[list[float]]:
   """Returns the seconds a round of the token after `context` others: cached, and all again."""
-  graph, params = nnx.split(Decoder(config, key=jax.random.key(0)))
-  ids = np.random.default_rng(0).integers(0, config.vocab_size, (args.batch, context + 1))
+  graph, params = nnx.split(model)
+  ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (args.batch, context + 1))
   tokens = jnp.asarray(ids, jnp.int32)
 
   def step(params, tokens, cache):
@@ -68,7 +76,7 @@ def measure(config: ModelConfig, context: int, args: argparse.Namespace) -> list
   def again(params, tokens):
     return nnx.merge(graph, params)(tokens)[:, -1]
 
-  cache = nnx.merge(graph, params).init_cache(args.batch, context + 1)
+  cache = model.init_cache(args.batch, context + 1)
   _, cache = jax.jit(step)(params, tokens[:, :-1], cache)
   programs = [
     timing.compile_program(step, params, tokens[:, -1:], cache),

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from fast_compilation import compile_fast  # noqa: F401
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from moe_jax import generate
