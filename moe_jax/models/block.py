@@ -1,8 +1,11 @@
 """One block: a mixer and a feed-forward, each behind a norm and a residual."""
 
+import dataclasses
+
 import jax
 from flax import nnx
 
+from moe_jax.layers.attention import Attention, KVCache
 from moe_jax.layers.attention_context import AttentionContext
 from moe_jax.layers.dropout import dropout, split_key
 from moe_jax.layers.mlp import FeedForward
@@ -30,8 +33,20 @@ def _experts(config: ModelConfig, key: jax.Array) -> MoELayer:
 _FEED_FORWARDS = {"dense": _dense, "moe": _experts}
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class CrossCache:
+  """What the mixer keeps, and the keys and values of an encoder's output, which stay as they are."""
+
+  mixer: Cache
+  encoded: KVCache
+
+
 class Block(nnx.Module):
-  """x + m * mixer(norm(x)), then x + m * feed_forward(norm(x)); m is the residual multiplier."""
+  """x + m * mixer(norm(x)), then x + m * feed_forward(norm(x)); m is the residual multiplier.
+
+  In a decoder behind an encoder, x + m * attention(norm(x), encoder's output) stands between them.
+  """
 
   def __init__(self, config: ModelConfig, kind: tuple[str, ...], *, key: jax.Array):
     mixer, feed_forward = kind[:2]
@@ -40,6 +55,15 @@ class Block(nnx.Module):
     self.multiplier = config.residual_multiplier
     self.mixer_norm = make_norm(config.norm, config.model_dim, config.norm_epsilon)
     self.mixer = make_mixer(config, mixer, mixer_key)
+    if config.cross_attention is not None:
+      self.cross_norm = make_norm(config.norm, config.model_dim, config.norm_epsilon)
+      self.cross_attention = Attention(
+        config.model_dim,
+        config.cross_attention,
+        key=jax.random.fold_in(key, 2),
+        scale=config.init_scale,
+        dropout_rate=config.dropout,
+      )
     self.feed_forward_norm = make_norm(config.norm, config.model_dim, config.norm_epsilon)
     self.feed_forward = _FEED_FORWARDS[feed_forward](config, ff_key)
 
@@ -53,30 +77,44 @@ class Block(nnx.Module):
     x: jax.Array,
     context: AttentionContext,
     tokens: TokenInfo,
-    cache: Cache | None,
+    cache: Cache | CrossCache | None,
     *,
+    encoded: AttentionContext | None = None,
     inputs: RouterInputs = NO_INPUTS,
     key: jax.Array | None,
     train: bool,
   ) -> tuple[jax.Array, Cache | None, MoEAux | None]:
-    """Maps x (B, L, D) to x, the new cache, and the router's record if there are experts."""
+    """Maps x (B, L, D) to x, the mixer's new cache, and the router's record if there are experts.
+
+    `encoded` is the context of attention to an encoder's output, for blocks that have it.
+    """
     first, second, cache, aux = self.branches(
-      x, context, tokens, cache, inputs=inputs, key=key, train=train
+      x, context, tokens, cache, encoded=encoded, inputs=inputs, key=key, train=train
     )
     return x + first + second, cache, aux
 
   def branches(
-    self, x, context, tokens, cache, *, inputs, key, train
+    self, x, context, tokens, cache, *, encoded=None, inputs, key, train
   ) -> tuple[jax.Array, jax.Array, Cache | None, MoEAux | None]:
-    """Returns what the mixer and the feed-forward add to x, each (B, L, D); see `__call__`."""
+    """Returns what attention and the feed-forward add to x, each (B, L, D); see `__call__`."""
     mixer_key, ff_key, drop_key = split_key(key, 3)
+    read = None
+    if isinstance(cache, CrossCache):
+      cache, read = cache.mixer, cache.encoded
     first, cache = self.mixer(self.mixer_norm(x), context, cache, key=mixer_key)
     first *= self.multiplier
+    if encoded is not None:
+      first += self._attend_to_encoder(x + first, encoded, read, mixer_key)
     second, aux = self._feed_forward(
       self.feed_forward_norm(x + first), tokens, inputs, ff_key, train
     )
     second = dropout(second, self.dropout_rate, drop_key) * self.multiplier
     return first, second, cache, aux
+
+  def _attend_to_encoder(self, x, context, cache, key):
+    key = None if key is None else jax.random.fold_in(key, 1)
+    y, _ = self.cross_attention(self.cross_norm(x), context, cache, key=key)
+    return y * self.multiplier
 
   def _feed_forward(self, x, tokens, inputs, key, train):
     if self.has_experts:

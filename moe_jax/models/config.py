@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import math
+import re
 
 from moe_jax.choices import as_choice, nearest
 from moe_jax.errors import UserError
@@ -10,6 +11,7 @@ from moe_jax.layers.attention_config import AttentionConfig, LatentAttentionConf
 from moe_jax.layers.mlp import FeedForwardConfig
 from moe_jax.layers.norms import Norm
 from moe_jax.models.depth_config import DepthConfig
+from moe_jax.models.encoder_config import EncoderConfig
 from moe_jax.moe.dispatch import Dispatch
 from moe_jax.moe.layer import MoEConfig
 from moe_jax.moe.options import Overflow
@@ -35,6 +37,13 @@ class Remat(enum.StrEnum):
   DOTS = "dots"  # everything but matrix products
 
 
+class PositionEmbedding(enum.StrEnum):
+  """What is added to the tokens' embeddings to tell their places."""
+
+  NONE = "none"  # the mixers know
+  SINUSOIDAL = "sinusoidal"  # see `moe_jax.layers.sinusoidal`
+
+
 @dataclasses.dataclass(frozen=True)
 class Segment:
   """A pattern of blocks, repeated and scanned.
@@ -56,7 +65,7 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A decoder-only language model.
+  """A language model: a decoder, or with `encoder` the decoder behind an encoder.
 
   A section that no block uses is None, `mlp` excepted, and the other way round.
 
@@ -74,6 +83,11 @@ class ModelConfig:
     global_attention: the mixer "global_attention", the second kind of models that interleave two:
       layers without a window among layers with one.
     latent_attention: the mixer "latent_attention".
+    encoder: another stack, of its own parameters but for the embedding, whose output all blocks of
+      the decoder look at.
+    cross_attention: how they do, between mixer and feed-forward.
+    position_embedding, position_offset: what is added to the embeddings, and the number of a row's
+      first position.
     norm: of the residual stream, before every mixer and feed-forward and before the head.
     norm_epsilon: of those norms.
     tie_embeddings: the head is the transposed embedding.
@@ -103,6 +117,10 @@ class ModelConfig:
   depth: DepthConfig | None = None
   global_attention: AttentionConfig | None = None
   latent_attention: LatentAttentionConfig | None = None
+  encoder: EncoderConfig | None = None
+  cross_attention: AttentionConfig | None = None
+  position_embedding: PositionEmbedding = PositionEmbedding.NONE
+  position_offset: int = 0
   norm: Norm = Norm.RMSNORM
   norm_epsilon: float = 1e-6
   tie_embeddings: bool = False
@@ -119,7 +137,8 @@ class ModelConfig:
   scan_unroll: int = 1
 
   def __post_init__(self):
-    for name, kind in {"remat": Remat, "norm": Norm}.items():
+    choices = {"remat": Remat, "norm": Norm, "position_embedding": PositionEmbedding}
+    for name, kind in choices.items():
       object.__setattr__(self, name, as_choice(kind, name, getattr(self, name)))
     for name in ("vocab_size", "model_dim", "scan_unroll"):
       if getattr(self, name) < 1:
@@ -144,6 +163,8 @@ class ModelConfig:
       )
     self._check_sections()
     self._check_experts()
+    self._check_positions()
+    self._check_encoder()
     # JSON gives lists, and a config must be hashable: it is part of what is compiled.
     object.__setattr__(self, "segments", tuple(map(tuple, self.segments)))
 
@@ -151,6 +172,11 @@ class ModelConfig:
     """Refuses a block without its section, and a section without its block."""
     blocks = [block for segment in self.parsed_segments() for block in segment.pattern]
     words = {word for block in blocks for word in block}
+    if self.global_attention and self.global_attention.relative_bias_shared:
+      raise UserError(
+        "global_attention.relative_bias_shared = True is refused: only the mixer attention shares"
+        " its bias; leave it out"
+      )
     for word, name in (MIXERS | FEED_FORWARDS).items():
       given = getattr(self, name) is not None
       if word in words and not given:
@@ -166,6 +192,55 @@ class ModelConfig:
       raise UserError(
         f"segments = {self.segments} and depth = {self.depth} contradict each other: blocks such"
         " as 'attention:dense:depth' need a depth section, and a depth section such blocks"
+      )
+
+  def _check_positions(self) -> None:
+    embedding = self.position_embedding
+    if embedding == PositionEmbedding.NONE and self.position_offset:
+      raise UserError(
+        f"position_offset = {self.position_offset} would be ignored with position_embedding = none:"
+        " use sinusoidal, or leave it out"
+      )
+    if self.position_offset < 0:
+      raise UserError(f"position_offset = {self.position_offset} is refused: it must be 0 or greater")
+    if embedding == PositionEmbedding.SINUSOIDAL and (self.model_dim % 2 or self.model_dim < 4):
+      raise UserError(
+        f"model_dim = {self.model_dim} is refused: sinusoidal embeddings are sines and cosines, so"
+        " it must be even and at least 4"
+      )
+
+  def _check_encoder(self) -> None:
+    """Refuses an encoder and what does not go with one."""
+    if (self.encoder is None) != (self.cross_attention is None):
+      given = "encoder" if self.cross_attention is None else "cross_attention"
+      raise UserError(
+        f"{given} is given alone: a decoder looks at its encoder's output by cross_attention, so"
+        " give encoder and cross_attention, or neither"
+      )
+    if self.encoder is None:
+      return
+    if self.depth is not None or self.mtp_depth:
+      raise UserError(
+        f"depth = {self.depth} and mtp_depth = {self.mtp_depth} are refused behind an encoder: leave"
+        " both out"
+      )
+    cross, plain = self.cross_attention, AttentionConfig(1, 1, 2, positions="none")
+    for name in ("positions", "window", "chunk", "relative_bias_buckets", "query_temperature_floor"):
+      if getattr(cross, name) != getattr(plain, name):
+        raise UserError(
+          f"cross_attention.{name} = {getattr(cross, name)} is refused: an encoder's output has no"
+          f" place relative to the decoder's tokens; expected {getattr(plain, name)}"
+        )
+    if not 0 <= self.encoder.start_token < self.vocab_size:
+      raise UserError(
+        f"encoder.start_token = {self.encoder.start_token} is refused: it must be an id, from 0 to"
+        f" {self.vocab_size - 1}"
+      )
+    others = {block[0] for block in self.encoder_stack().layers()} - {"attention"}
+    if others:
+      raise UserError(
+        f"encoder.segments = {self.encoder.segments} has {others.pop()} blocks; expected the mixer"
+        " attention"
       )
 
   def _check_experts(self) -> None:
@@ -194,9 +269,38 @@ class ModelConfig:
     """Returns (mixer, feed-forward), and "depth" after them if so, of every block in order."""
     return [block for s in self.parsed_segments() for block in s.pattern * s.repeats]
 
+  @property
+  def draws_numbers(self) -> bool:
+    """Tells whether training needs a random key."""
+    experts = self.moe is not None and self.moe.needs_key
+    return bool(self.dropout or (self.mlp and self.mlp.dropout) or experts)
+
+  def encoder_stack(self) -> "ModelConfig | None":
+    """Returns the encoder as a model's config of its own, None without one."""
+    if self.encoder is None:
+      return None
+    given = {name: getattr(self.encoder, name) for name in ("mlp", "moe")}
+    words = {word for pattern, _ in self.encoder.segments for word in re.split(r"[\s:]", pattern)}
+    own = {name: each or getattr(self, name) for name, each in given.items()}
+    return dataclasses.replace(
+      self,
+      segments=self.encoder.segments,
+      attention=self.encoder.attention,
+      mlp=own["mlp"],
+      moe=own["moe"] if "moe" in words else None,
+      encoder=None,
+      cross_attention=None,
+      global_attention=None,
+      latent_attention=None,
+    )
+
   def moe_layers(self, *, train: bool = False) -> list[int]:
-    """Returns the indices of the blocks with experts; training has those of `mtp_depth` behind."""
-    kinds = [block[1] for block in self.layers()]
+    """Returns the indices of the blocks with experts; training has those of `mtp_depth` behind.
+
+    An encoder's blocks come first.
+    """
+    stack = self.encoder_stack()
+    kinds = [block[1] for block in (stack.layers() if stack else []) + self.layers()]
     kinds += kinds[-1:] * (self.mtp_depth if train else 0)
     return [i for i, kind in enumerate(kinds) if kind == "moe"]
 

@@ -1,0 +1,48 @@
+"""What an encoder-decoder has besides its decoder: another stack, which sees all its tokens."""
+
+import dataclasses
+
+from moe_jax.errors import UserError
+from moe_jax.layers.attention_config import AttentionConfig
+from moe_jax.layers.mlp import FeedForwardConfig
+from moe_jax.moe.layer import MoEConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+  """The encoder of `ModelConfig.encoder`; what is not here is as in the decoder.
+
+  Attributes:
+    segments: its blocks, as in `ModelConfig.segments`; their mixer is "attention".
+    attention: the mixer; its tokens see those after them too.
+    mlp, moe: the feed-forwards "dense" and "moe"; None = the decoder's.
+    start_token: the id that the decoder's sequences begin with, before the first predicted one.
+  """
+
+  segments: tuple[tuple[str, int], ...]
+  attention: AttentionConfig
+  mlp: FeedForwardConfig | None = None
+  moe: MoEConfig | None = None
+  start_token: int = 0
+
+  def __post_init__(self):
+    object.__setattr__(self, "segments", tuple(map(tuple, self.segments)))
+    attention = self.attention
+    for name in ("window", "chunk", "query_temperature_floor"):
+      if getattr(attention, name) is not None:
+        raise UserError(
+          f"encoder.attention.{name} = {getattr(attention, name)} is refused: it looks back, and an"
+          " encoder looks both ways; leave it out"
+        )
+    buckets, distance = attention.relative_bias_buckets, attention.relative_bias_max_distance
+    if buckets is not None and (buckets % 2 or buckets < 4):
+      raise UserError(
+        f"encoder.attention.relative_bias_buckets = {buckets} is refused: half of them are for keys"
+        f" ahead, so it must be even and at least 4, for example {max(4, buckets + buckets % 2)}"
+      )
+    if buckets is not None and distance <= buckets // 4:
+      raise UserError(
+        f"encoder.attention.relative_bias_max_distance = {distance} is refused: the first"
+        f" {buckets // 4} distances have buckets of their own, so it must be at least"
+        f" {buckets // 4 + 1}"
+      )
