@@ -9,7 +9,7 @@ from flax import nnx
 from moe_jax.convert import load_pretrained, save_pretrained
 from moe_jax.convert.families import family_of
 from moe_jax.errors import UserError
-from moe_jax.models import Decoder, ModelConfig
+from moe_jax.models import Model, ModelConfig
 from moe_jax.training.saved_run import load_run
 from moe_jax.training.state import model_graph
 
@@ -33,7 +33,7 @@ def convert(args: SimpleNamespace) -> None:
   print(f"{family_of(config).architecture}, {size:,} numbers, in {args.out}")
 
 
-def _trained(workdir: Path, step: int | None) -> tuple[Decoder, ModelConfig]:
+def _trained(workdir: Path, step: int | None) -> tuple[Model, ModelConfig]:
   """Returns the model of a run, dropless: no original drops tokens outside training."""
   experiment, _, state = load_run(workdir, step)
   config = experiment.model.dropless()

@@ -16,7 +16,7 @@ from moe_jax.analysis.routing import ExpertTokenCounts
 from moe_jax.data.builders import PreparedData
 from moe_jax.data.loader import eval_batches
 from moe_jax.inference.text import continue_text
-from moe_jax.models import Decoder
+from moe_jax.models import Model
 from moe_jax.moe.groups import to_groups
 from moe_jax.planning.count import count_parameters
 from moe_jax.planning.flops import training_flops_per_token
@@ -67,7 +67,7 @@ def summarize(
   }
 
 
-def sample(config: ExperimentConfig, data: PreparedData, model: Decoder) -> dict[str, Any]:
+def sample(config: ExperimentConfig, data: PreparedData, model: Model) -> dict[str, Any]:
   """Returns the prompt, its continuation and the temperature; a function of the run's seed."""
   c = config.sample
   key = stream_key(config.seed, Stream.SAMPLE)
@@ -78,7 +78,7 @@ def sample(config: ExperimentConfig, data: PreparedData, model: Decoder) -> dict
 
 
 def expert_tokens(
-  config: ExperimentConfig, data: PreparedData, model: Decoder
+  config: ExperimentConfig, data: PreparedData, model: Model
 ) -> list[dict[str, Any]]:
   """Returns, for each MoE layer, the share of held-out tokens and the top tokens of each expert."""
   layers = config.model.moe_layers()

@@ -96,9 +96,9 @@ class HubConfig:
         f"{CONFIG_FILE} has {name} = {json.dumps(given)}, which is not supported: expected {wanted}"
       )
 
-  def activation(self, name: str = "hidden_act") -> Activation:
-    """Returns the nonlinearity, silu if it is absent."""
-    given = self.get(name, "silu")
+  def activation(self, name: str = "hidden_act", default: str = "silu") -> Activation:
+    """Returns the nonlinearity, that of the name `default` if it is absent."""
+    given = self.get(name, default)
     if given not in _ACTIVATIONS:
       raise UserError(
         f"{CONFIG_FILE} has {name} = {given!r}, which is not supported;"

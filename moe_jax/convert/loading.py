@@ -18,19 +18,20 @@ from moe_jax.convert.rules import Link, links, parameter_shapes
 from moe_jax.convert.rules import Path as Place
 from moe_jax.convert.tensor_files import TensorFiles, open_tensors
 from moe_jax.errors import UserError
-from moe_jax.models import Decoder, ModelConfig
+from moe_jax.models import Model, ModelConfig, make_model
 
 _MOST_FAULTS = 12
 # XLA's CPU backend uses host memory in place if it starts at such a multiple.
 _ALIGNMENT = 64
 
 
-def load_pretrained(path: str | Path, dtype: str = "float32") -> tuple[Decoder, ModelConfig]:
+def load_pretrained(path: str | Path, dtype: str = "float32") -> tuple[Model, ModelConfig]:
   """Loads a checkpoint folder of the hub: `config.json` and safetensors, one file or several.
 
   Tensors are read one by one: beyond the model and the tensor in hand, memory holds nothing on a
   CPU, and with an accelerator the host holds one parameter stacked over its segment's layers. The
-  model routes without drops, by ragged dispatch, as the originals do outside training.
+  model routes without drops, by ragged dispatch, as the originals do outside training, unless its
+  original drops there too (Switch, NLLB-MoE; `Family.drops`).
 
   Args:
     path: the folder.
@@ -67,7 +68,8 @@ def _read_config(
   try:
     _check_plain(hub)
     family = family_in(hub)
-    return family, dataclasses.replace(family.read(hub).dropless(), dtype=dtype)
+    config = family.read(hub)
+    return family, dataclasses.replace(config if family.drops else config.dropless(), dtype=dtype)
   except UserError as error:
     faults.append(str(error))
     return None, None
@@ -141,7 +143,7 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
   return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def _model(config: ModelConfig, leaves: dict[Place, jax.Array]) -> Decoder:
-  graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0))))
+def _model(config: ModelConfig, leaves: dict[Place, jax.Array]) -> Model:
+  graph, state = nnx.split(nnx.eval_shape(lambda: make_model(config, key=jax.random.key(0))))
   flat = [(path, leaf.replace(leaves[path])) for path, leaf in nnx.to_flat_state(state)]
   return nnx.merge(graph, nnx.from_flat_state(flat))

@@ -18,7 +18,7 @@ from moe_jax.convert.rules import Path as Place
 from moe_jax.convert.tensor_files import INDEX_FILE
 from moe_jax.convert.tensor_writer import TensorSpec, write_tensors
 from moe_jax.errors import UserError
-from moe_jax.models import Decoder, ModelConfig
+from moe_jax.models import Model, ModelConfig
 
 _MOST_FAULTS = 4
 _FIVE_GB = 5_000_000_000
@@ -53,7 +53,7 @@ def to_hub(tree: Any, config: ModelConfig) -> dict[str, np.ndarray]:
 
 
 def save_pretrained(
-  model: Decoder,
+  model: Model,
   config: ModelConfig,
   path: str | Path,
   *,
@@ -85,7 +85,7 @@ def save_pretrained(
   leaves = flat_leaves(model)
   _check_leaves(leaves, parameter_shapes(config))
   settings = dict(architecture_settings(family, config))
-  settings["torch_dtype"] = str(leaves["embedding",].dtype)
+  settings["torch_dtype"] = str(_embedding(leaves).dtype)
   if like is not None:
     settings = {**_other_settings(Path(like), settings), **settings}
   folder.parent.mkdir(parents=True, exist_ok=True)
@@ -128,6 +128,10 @@ def _on_host(array: jax.Array) -> np.ndarray:
     # The copy that NumPy makes of an accelerator's array would stay with the array.
     array = jax.device_put(array, jax.local_devices(backend="cpu")[0])
   return np.asarray(array)
+
+
+def _embedding(leaves: Mapping[Place, jax.Array]) -> jax.Array:
+  return next(leaf for place, leaf in leaves.items() if place[-1] == "embedding")
 
 
 def _check_leaves(leaves: Mapping[Place, Any], shapes: Mapping[Place, tuple[int, ...]]) -> None:

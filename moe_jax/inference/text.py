@@ -7,11 +7,11 @@ import numpy as np
 
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.inference.generate import generate
-from moe_jax.models import Decoder
+from moe_jax.models import Model
 
 
 def continue_text(
-  model: Decoder,
+  model: Model,
   tokenizer: Tokenizer,
   prompt: str,
   max_new_tokens: int,
@@ -32,7 +32,7 @@ def continue_text(
 
 
 def continue_tokens(
-  model: Decoder, tokens: np.ndarray, max_new_tokens: int, stop_ids: Sequence[int], **sampling
+  model: Model, tokens: np.ndarray, max_new_tokens: int, stop_ids: Sequence[int], **sampling
 ) -> np.ndarray:
   """Returns the ids that the model adds to one prompt (L,), up to the first of `stop_ids`.
 

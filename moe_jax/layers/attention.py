@@ -151,7 +151,7 @@ class Attention(nnx.Module):
     return dropout(out, self.dropout_rate, key), cache
 
   def keys_values(self, x: jax.Array, context: AttentionContext) -> KVCache:
-    """Returns the keys and values (B, M, Hkv, K) that x (B, M, D) gives, at the context's places."""
+    """Returns the keys and values (B, M, Hkv, K) of x (B, M, D) at the context's places."""
     key = self._position(self._project(x, "key"), context)
     return KVCache(key, self._project(x, "value"))
 
@@ -206,9 +206,7 @@ def cross_context(encoded: jax.Array | None, mask: jax.Array, length: int) -> At
     length: L, the queries of a row.
   """
   shape = (mask.shape[0], length, mask.shape[1])
-  return AttentionContext(
-    None, jnp.broadcast_to(mask[:, None, :], shape), source=encoded
-  )
+  return AttentionContext(None, jnp.broadcast_to(mask[:, None, :], shape), source=encoded)
 
 
 def _zeros(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:

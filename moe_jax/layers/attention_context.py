@@ -62,7 +62,8 @@ def attention_mask(
 ) -> jax.Array:
   """Returns (B, L, M): a token sees the real tokens at or before it, within window and chunk.
 
-  An encoder's tokens, which have neither, see the real ones after them too. A padding query sees itself, so that its (unused) softmax is defined.
+  An encoder's tokens, which have neither, see the real ones after them too. A padding query sees
+  itself, so that its (unused) softmax is defined.
 
   Args:
     places: of queries and keys; attention stays inside a segment.

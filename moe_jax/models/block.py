@@ -36,7 +36,7 @@ _FEED_FORWARDS = {"dense": _dense, "moe": _experts}
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CrossCache:
-  """What the mixer keeps, and the keys and values of an encoder's output, which stay as they are."""
+  """What the mixer keeps, and keys and values of an encoder's output, which stay as they are."""
 
   mixer: Cache
   encoded: KVCache

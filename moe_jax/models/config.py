@@ -3,7 +3,6 @@
 import dataclasses
 import enum
 import math
-import re
 
 from moe_jax.choices import as_choice, nearest
 from moe_jax.errors import UserError
@@ -172,6 +171,7 @@ class ModelConfig:
     """Refuses a block without its section, and a section without its block."""
     blocks = [block for segment in self.parsed_segments() for block in segment.pattern]
     words = {word for block in blocks for word in block}
+    words |= {word for block in self._encoder_layers() for word in block}
     if self.global_attention and self.global_attention.relative_bias_shared:
       raise UserError(
         "global_attention.relative_bias_shared = True is refused: only the mixer attention shares"
@@ -202,7 +202,9 @@ class ModelConfig:
         " use sinusoidal, or leave it out"
       )
     if self.position_offset < 0:
-      raise UserError(f"position_offset = {self.position_offset} is refused: it must be 0 or greater")
+      raise UserError(
+        f"position_offset = {self.position_offset} is refused: it must be 0 or greater"
+      )
     if embedding == PositionEmbedding.SINUSOIDAL and (self.model_dim % 2 or self.model_dim < 4):
       raise UserError(
         f"model_dim = {self.model_dim} is refused: sinusoidal embeddings are sines and cosines, so"
@@ -221,11 +223,17 @@ class ModelConfig:
       return
     if self.depth is not None or self.mtp_depth:
       raise UserError(
-        f"depth = {self.depth} and mtp_depth = {self.mtp_depth} are refused behind an encoder: leave"
-        " both out"
+        f"depth = {self.depth} and mtp_depth = {self.mtp_depth} are refused behind an encoder:"
+        " leave both out"
       )
     cross, plain = self.cross_attention, AttentionConfig(1, 1, 2, positions="none")
-    for name in ("positions", "window", "chunk", "relative_bias_buckets", "query_temperature_floor"):
+    for name in (
+      "positions",
+      "window",
+      "chunk",
+      "relative_bias_buckets",
+      "query_temperature_floor",
+    ):
       if getattr(cross, name) != getattr(plain, name):
         raise UserError(
           f"cross_attention.{name} = {getattr(cross, name)} is refused: an encoder's output has no"
@@ -236,11 +244,12 @@ class ModelConfig:
         f"encoder.start_token = {self.encoder.start_token} is refused: it must be an id, from 0 to"
         f" {self.vocab_size - 1}"
       )
-    others = {block[0] for block in self.encoder_stack().layers()} - {"attention"}
+    others = {word for block in self._encoder_layers() for word in block}
+    others -= {"attention", *FEED_FORWARDS}
     if others:
       raise UserError(
-        f"encoder.segments = {self.encoder.segments} has {others.pop()} blocks; expected the mixer"
-        " attention"
+        f"encoder.segments = {self.encoder.segments} has {others.pop()} blocks; expected"
+        f" attention and {' or '.join(FEED_FORWARDS)}, as in 'attention:dense attention:moe'"
       )
 
   def _check_experts(self) -> None:
@@ -275,19 +284,21 @@ class ModelConfig:
     experts = self.moe is not None and self.moe.needs_key
     return bool(self.dropout or (self.mlp and self.mlp.dropout) or experts)
 
+  def _encoder_layers(self) -> list[tuple[str, ...]]:
+    """Returns the words of every block of the encoder in order, none without one."""
+    segments = map(_parse_segment, self.encoder.segments if self.encoder else ())
+    return [block for s in segments for block in s.pattern * s.repeats]
+
   def encoder_stack(self) -> "ModelConfig | None":
     """Returns the encoder as a model's config of its own, None without one."""
     if self.encoder is None:
       return None
-    given = {name: getattr(self.encoder, name) for name in ("mlp", "moe")}
-    words = {word for pattern, _ in self.encoder.segments for word in re.split(r"[\s:]", pattern)}
-    own = {name: each or getattr(self, name) for name, each in given.items()}
+    has_experts = any(block[1] == "moe" for block in self._encoder_layers())
     return dataclasses.replace(
       self,
       segments=self.encoder.segments,
       attention=self.encoder.attention,
-      mlp=own["mlp"],
-      moe=own["moe"] if "moe" in words else None,
+      moe=self.moe if has_experts else None,
       encoder=None,
       cross_attention=None,
       global_attention=None,
@@ -299,8 +310,7 @@ class ModelConfig:
 
     An encoder's blocks come first.
     """
-    stack = self.encoder_stack()
-    kinds = [block[1] for block in (stack.layers() if stack else []) + self.layers()]
+    kinds = [block[1] for block in self._encoder_layers() + self.layers()]
     kinds += kinds[-1:] * (self.mtp_depth if train else 0)
     return [i for i, kind in enumerate(kinds) if kind == "moe"]
 

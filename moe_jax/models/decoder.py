@@ -11,8 +11,8 @@ from moe_jax.layers.attention import cross_context
 from moe_jax.layers.attention_context import AttentionContext, Places
 from moe_jax.layers.dropout import dropout, split_key
 from moe_jax.layers.parameters import like, parameter, with_axes
-from moe_jax.layers.sinusoidal import sinusoidal_embedding
-from moe_jax.models.config import ModelConfig, PositionEmbedding
+from moe_jax.models.config import ModelConfig
+from moe_jax.models.embedding import embed_tokens, make_embedding
 from moe_jax.models.encoder import Encoded
 from moe_jax.models.model_aux import ModelAux, make_aux
 from moe_jax.models.multi_token import MultiTokenModule, look_ahead
@@ -49,9 +49,7 @@ class Decoder(Stack):
     embed_key, stack_key, head_key = jax.random.split(key, 3)
     super().__init__(config, key=stack_key)
     D, V = config.model_dim, config.vocab_size
-    # Unit variance after the first norm whatever the scale; 1/sqrt(D) keeps a tied head's logits
-    # of order one.
-    self.embedding = parameter(embed_key, (V, D), ("vocab", "embed"), fan_in=D)
+    self.embedding = make_embedding(config, embed_key)
     if not config.tie_embeddings:
       self.head = parameter(head_key, (D, V), ("embed", "vocab"), fan_in=D)
     if config.head_bias:
@@ -220,20 +218,8 @@ class Decoder(Stack):
     return self.run(x, contexts, tokens, caches, inputs=inputs, keys=keys, train=train)
 
   def embed(self, ids: jax.Array, mask: jax.Array, positions: jax.Array) -> jax.Array:
-    """Returns the embeddings (B, L, D) of ids (B, L) at positions (B, L), in the model's dtype."""
-    # An id outside the vocabulary must not pass for a word; what padding holds does not matter.
-    ids = jnp.where(mask, ids, 0)
-    x = (
-      self.embedding[...]
-      .at[ids]
-      .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-      .astype(self.config.dtype)
-    )
-    x = x * self.config.embedding_multiplier
-    if self.config.position_embedding == PositionEmbedding.SINUSOIDAL:
-      places = positions + self.config.position_offset
-      x = x + sinusoidal_embedding(places, self.config.model_dim).astype(x.dtype)
-    return x
+    """Returns the embeddings (B, L, D) of ids (B, L); see `embed_tokens`."""
+    return embed_tokens(self.embedding[...], self.config, ids, mask, positions)
 
   def _predict_further(self, x, tokens: TokenInfo, places: Places, contexts, inputs, key):
     """Returns the logits of every depth of multi-token prediction, and the experts' records."""
@@ -265,15 +251,16 @@ class Decoder(Stack):
 
   def check_key(self, train: bool, key: jax.Array | None) -> None:
     """Refuses training without a key that the model needs."""
-    stacks = (self.config, self.config.encoder_stack())
-    if train and key is None and any(c.draws_numbers for c in stacks if c is not None):
+    if train and key is None and self.config.draws_numbers:
       raise UserError(
         "training this model draws random numbers: key = None was given, a jax.random.key is needed"
       )
 
   def _check_encoded(self, encoded: Encoded | None) -> None:
     if (encoded is None) != (self.config.encoder is None):
-      given = "no encoder's output was given" if encoded is None else "an encoder's output was given"
+      given = (
+        "no encoder's output was given" if encoded is None else "an encoder's output was given"
+      )
       has = "none" if self.config.encoder is None else "one"
       raise UserError(f"the model's config has {has} and {given}: expected both or neither")
 

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 
 from moe_jax.layers.attention_context import Places
 from moe_jax.layers.dropout import dropout, split_key
+from moe_jax.models.config import ModelConfig
+from moe_jax.models.embedding import make_embedding
 from moe_jax.models.stack import Record, Stack
 from moe_jax.moe.layer import RouterInputs, TokenInfo
 
@@ -28,7 +30,16 @@ class Encoded:
 
 
 class Encoder(Stack):
-  """A stack whose tokens see all tokens of their sequence."""
+  """A stack whose tokens see all tokens of their sequence.
+
+  Attributes:
+    embedding: (V, D), with `EncoderConfig.own_embedding`.
+  """
+
+  def __init__(self, config: ModelConfig, *, own_embedding: bool, key: jax.Array):
+    super().__init__(config, key=key)
+    if own_embedding:
+      self.embedding = make_embedding(config, jax.random.fold_in(key, 1))
 
   def __call__(
     self,

@@ -4,8 +4,6 @@ import dataclasses
 
 from moe_jax.errors import UserError
 from moe_jax.layers.attention_config import AttentionConfig
-from moe_jax.layers.mlp import FeedForwardConfig
-from moe_jax.moe.layer import MoEConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,15 +13,14 @@ class EncoderConfig:
   Attributes:
     segments: its blocks, as in `ModelConfig.segments`; their mixer is "attention".
     attention: the mixer; its tokens see those after them too.
-    mlp, moe: the feed-forwards "dense" and "moe"; None = the decoder's.
     start_token: the id that the decoder's sequences begin with, before the first predicted one.
+    own_embedding: the encoder has a table of its own instead of the decoder's.
   """
 
   segments: tuple[tuple[str, int], ...]
   attention: AttentionConfig
-  mlp: FeedForwardConfig | None = None
-  moe: MoEConfig | None = None
   start_token: int = 0
+  own_embedding: bool = False
 
   def __post_init__(self):
     object.__setattr__(self, "segments", tuple(map(tuple, self.segments)))

@@ -14,13 +14,16 @@ from moe_jax.models.decoder import (
   check_tokens,
   count_positions,
 )
+from moe_jax.models.embedding import embed_tokens
 from moe_jax.models.encoder import Encoded, Encoder
 from moe_jax.models.model_aux import ModelAux, make_aux
 from moe_jax.moe.layer import NO_INPUTS, RouterInputs, TokenInfo
 
 
 class EncoderDecoder(nnx.Module):
-  """An encoder, and a decoder whose blocks look at its output; both share the embedding.
+  """An encoder, and a decoder whose blocks look at its output.
+
+  Both share the embedding, unless `EncoderConfig.own_embedding` says otherwise.
 
   Attributes:
     encoder: of `ModelConfig.encoder_stack`.
@@ -30,7 +33,8 @@ class EncoderDecoder(nnx.Module):
   def __init__(self, config: ModelConfig, *, key: jax.Array):
     encoder_key, decoder_key = jax.random.split(key)
     self.config = config
-    self.encoder = Encoder(config.encoder_stack(), key=encoder_key)
+    own_embedding = config.encoder.own_embedding
+    self.encoder = Encoder(config.encoder_stack(), own_embedding=own_embedding, key=encoder_key)
     self.decoder = Decoder(config, key=decoder_key)
 
   def __call__(
@@ -108,7 +112,8 @@ class EncoderDecoder(nnx.Module):
     self.decoder.check_key(train, key)
     token_mask = jnp.ones(tokens.shape, bool) if token_mask is None else token_mask
     positions = count_positions(token_mask) if positions is None else positions
-    x = self.decoder.embed(tokens, token_mask, positions)
+    table = (self.encoder if self.config.encoder.own_embedding else self.decoder).embedding
+    x = embed_tokens(table[...], self.config, tokens, token_mask, positions)
     info = TokenInfo(token_mask, tokens, segment_ids)
     return self.encoder(x, info, positions, inputs=inputs, key=key, train=train)
 
