@@ -19,6 +19,7 @@ from moe_jax.convert.rules import Path as Place
 from moe_jax.convert.tensor_files import TensorFiles, open_tensors
 from moe_jax.errors import UserError
 from moe_jax.models import Model, ModelConfig, make_model
+from moe_jax.moe.options import Overflow
 
 _MOST_FAULTS = 12
 # XLA's CPU backend uses host memory in place if it starts at such a multiple.
@@ -69,7 +70,9 @@ def _read_config(
     _check_plain(hub)
     family = family_in(hub)
     config = family.read(hub)
-    return family, dataclasses.replace(config if family.drops else config.dropless(), dtype=dtype)
+    if not (family.drops and config.moe.routing.overflow == Overflow.DROP):
+      config = config.dropless()
+    return family, dataclasses.replace(config, dtype=dtype)
   except UserError as error:
     faults.append(str(error))
     return None, None

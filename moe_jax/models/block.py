@@ -10,7 +10,7 @@ from moe_jax.layers.attention_context import AttentionContext
 from moe_jax.layers.dropout import dropout, split_key
 from moe_jax.layers.mlp import FeedForward
 from moe_jax.layers.norms import make_norm
-from moe_jax.models.config import ModelConfig
+from moe_jax.models.config import ModelConfig, NormPlacement
 from moe_jax.models.mixers import Cache, make_mixer
 from moe_jax.moe.layer import NO_INPUTS, MoEAux, MoELayer, RouterInputs, TokenInfo
 
@@ -46,6 +46,7 @@ class Block(nnx.Module):
   """x + m * mixer(norm(x)), then x + m * feed_forward(norm(x)); m is the residual multiplier.
 
   In a decoder behind an encoder, x + m * attention(norm(x), encoder's output) stands between them.
+  With `norm_placement = post` each is norm(x + m * f(x)) instead.
   """
 
   def __init__(self, config: ModelConfig, kind: tuple[str, ...], *, key: jax.Array):
@@ -53,6 +54,7 @@ class Block(nnx.Module):
     mixer_key, ff_key = jax.random.split(key)
     self.dropout_rate = config.dropout
     self.multiplier = config.residual_multiplier
+    self.placement = config.norm_placement
     self.mixer_norm = make_norm(config.norm, config.model_dim, config.norm_epsilon)
     self.mixer = make_mixer(config, mixer, mixer_key)
     if config.cross_attention is not None:
@@ -88,6 +90,10 @@ class Block(nnx.Module):
 
     `encoded` is the context of attention to an encoder's output, for blocks that have it.
     """
+    if self.placement == NormPlacement.POST:
+      return self._post_norm(
+        x, context, tokens, cache, encoded=encoded, inputs=inputs, key=key, train=train
+      )
     first, second, cache, aux = self.branches(
       x, context, tokens, cache, encoded=encoded, inputs=inputs, key=key, train=train
     )
@@ -97,28 +103,39 @@ class Block(nnx.Module):
     self, x, context, tokens, cache, *, encoded=None, inputs, key, train
   ) -> tuple[jax.Array, jax.Array, Cache | None, MoEAux | None]:
     """Returns what attention and the feed-forward add to x, each (B, L, D); see `__call__`."""
-    mixer_key, ff_key, drop_key = split_key(key, 3)
-    read = None
-    if isinstance(cache, CrossCache):
-      cache, read = cache.mixer, cache.encoded
-    first, cache = self.mixer(self.mixer_norm(x), context, cache, key=mixer_key)
-    first *= self.multiplier
+    mixer_key, ff_keys = _split(key)
+    own, read = _parts(cache)
+    first, own = self._mix(self.mixer_norm(x), context, own, mixer_key)
     if encoded is not None:
-      first += self._attend_to_encoder(x + first, encoded, read, mixer_key)
+      first += self._attend_to_encoder(self.cross_norm(x + first), encoded, read, mixer_key)
     second, aux = self._feed_forward(
-      self.feed_forward_norm(x + first), tokens, inputs, ff_key, train
+      self.feed_forward_norm(x + first), tokens, inputs, ff_keys, train
     )
-    second = dropout(second, self.dropout_rate, drop_key) * self.multiplier
-    return first, second, cache, aux
+    return first, second, own, aux
+
+  def _post_norm(self, x, context, tokens, cache, *, encoded, inputs, key, train):
+    mixer_key, ff_keys = _split(key)
+    own, read = _parts(cache)
+    change, own = self._mix(x, context, own, mixer_key)
+    x = self.mixer_norm(x + change)
+    if encoded is not None:
+      x = self.cross_norm(x + self._attend_to_encoder(x, encoded, read, mixer_key))
+    change, aux = self._feed_forward(x, tokens, inputs, ff_keys, train)
+    return self.feed_forward_norm(x + change), own, aux
+
+  def _mix(self, x, context, cache, key):
+    y, cache = self.mixer(x, context, cache, key=key)
+    return y * self.multiplier, cache
 
   def _attend_to_encoder(self, x, context, cache, key):
     key = None if key is None else jax.random.fold_in(key, 1)
-    y, _ = self.cross_attention(self.cross_norm(x), context, cache, key=key)
+    y, _ = self.cross_attention(x, context, cache, key=key)
     return y * self.multiplier
 
-  def _feed_forward(self, x, tokens, inputs, key, train):
+  def _feed_forward(self, x, tokens, inputs, keys, train):
+    key, drop_key = keys
     if self.has_experts:
-      return self.feed_forward(
+      y, aux = self.feed_forward(
         x,
         token_mask=tokens.mask,
         token_ids=tokens.ids,
@@ -127,4 +144,17 @@ class Block(nnx.Module):
         key=key,
         train=train,
       )
-    return self.feed_forward(x, key=key), None
+    else:
+      y, aux = self.feed_forward(x, key=key), None
+    return dropout(y, self.dropout_rate, drop_key) * self.multiplier, aux
+
+
+def _split(key: jax.Array | None):
+  """Returns the key of attention, and two of the feed-forward."""
+  mixer_key, *ff_keys = split_key(key, 3)
+  return mixer_key, ff_keys
+
+
+def _parts(cache: Cache | CrossCache | None) -> tuple[Cache | None, KVCache | None]:
+  """Returns what the mixer keeps, and keys and values of an encoder's output."""
+  return (cache.mixer, cache.encoded) if isinstance(cache, CrossCache) else (cache, None)

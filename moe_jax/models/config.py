@@ -36,6 +36,13 @@ class Remat(enum.StrEnum):
   DOTS = "dots"  # everything but matrix products
 
 
+class NormPlacement(enum.StrEnum):
+  """Where the norms of the residual stream stand."""
+
+  PRE = "pre"  # x + f(norm(x)), and one norm after the last block
+  POST = "post"  # norm(x + f(x)) (arXiv 1706.03762), and none after the last block
+
+
 class PositionEmbedding(enum.StrEnum):
   """What is added to the tokens' embeddings to tell their places."""
 
@@ -87,8 +94,8 @@ class ModelConfig:
     cross_attention: how they do, between mixer and feed-forward.
     position_embedding, position_offset: what is added to the embeddings, and the number of a row's
       first position.
-    norm: of the residual stream, before every mixer and feed-forward and before the head.
-    norm_epsilon: of those norms.
+    norm, norm_epsilon: of the residual stream.
+    norm_placement: where in it they stand.
     tie_embeddings: the head is the transposed embedding.
     head_bias: a bias on the logits (Phi).
     embedding_multiplier, residual_multiplier: factors of the embedding, and of what every mixer and
@@ -121,6 +128,7 @@ class ModelConfig:
   position_embedding: PositionEmbedding = PositionEmbedding.NONE
   position_offset: int = 0
   norm: Norm = Norm.RMSNORM
+  norm_placement: NormPlacement = NormPlacement.PRE
   norm_epsilon: float = 1e-6
   tie_embeddings: bool = False
   head_bias: bool = False
@@ -136,7 +144,12 @@ class ModelConfig:
   scan_unroll: int = 1
 
   def __post_init__(self):
-    choices = {"remat": Remat, "norm": Norm, "position_embedding": PositionEmbedding}
+    choices = {
+      "remat": Remat,
+      "norm": Norm,
+      "norm_placement": NormPlacement,
+      "position_embedding": PositionEmbedding,
+    }
     for name, kind in choices.items():
       object.__setattr__(self, name, as_choice(kind, name, getattr(self, name)))
     for name in ("vocab_size", "model_dim", "scan_unroll"):
@@ -162,7 +175,7 @@ class ModelConfig:
       )
     self._check_sections()
     self._check_experts()
-    self._check_positions()
+    self._check_stream()
     self._check_encoder()
     # JSON gives lists, and a config must be hashable: it is part of what is compiled.
     object.__setattr__(self, "segments", tuple(map(tuple, self.segments)))
@@ -194,7 +207,12 @@ class ModelConfig:
         " as 'attention:dense:depth' need a depth section, and a depth section such blocks"
       )
 
-  def _check_positions(self) -> None:
+  def _check_stream(self) -> None:
+    if self.norm_placement == NormPlacement.POST and (self.depth is not None or self.mtp_depth):
+      raise UserError(
+        f"norm_placement = post with depth = {self.depth} and mtp_depth = {self.mtp_depth} is"
+        " refused: both add to a residual stream that no norm cuts; use norm_placement = pre"
+      )
     embedding = self.position_embedding
     if embedding == PositionEmbedding.NONE and self.position_offset:
       raise UserError(

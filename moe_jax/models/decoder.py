@@ -141,7 +141,7 @@ class Decoder(Stack):
     if look_further and train and self.config.mtp_depth:
       further, own = self._predict_further(x, info, places, contexts, router_inputs, key)
       records += own
-    return self._logits(x, self.final_norm), records, further
+    return self._logits(self.finish(x)), records, further
 
   def decode(
     self, tokens: jax.Array, cache: DecoderCache, *, token_mask: jax.Array | None = None
@@ -185,7 +185,7 @@ class Decoder(Stack):
     index = cache.index + tokens.shape[1]
     # An update beyond the last slot would silently overwrite earlier ones.
     x = jnp.where(index <= slots_mask.shape[1], x, jnp.nan)
-    return self._logits(x, self.final_norm), DecoderCache(
+    return self._logits(self.finish(x)), DecoderCache(
       segments, slots_mask, index, cache.encoded_mask
     )
 
@@ -237,12 +237,11 @@ class Decoder(Stack):
         inputs=jax.tree.map(lambda a, mine=mine: a[mine], inputs),
         key=module_key,
       )
-      logits.append(self._logits(x, module.final_norm))
+      logits.append(self._logits(module.final_norm(x)))
       records.extend(own)
     return logits, records
 
-  def _logits(self, x: jax.Array, norm) -> jax.Array:
-    x = norm(x)
+  def _logits(self, x: jax.Array) -> jax.Array:
     head = self.embedding[...].T if self.config.tie_embeddings else self.head[...]
     logits = jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
     if self.config.head_bias:

@@ -59,5 +59,5 @@ class Encoder(Stack):
     x, _, records = self.run(
       x, self.contexts(places), tokens, None, inputs=inputs, keys=keys, train=train
     )
-    x = dropout(self.final_norm(x), self.config.dropout, out_key)
+    x = dropout(self.finish(x), self.config.dropout, out_key)
     return Encoded(x, tokens.mask, tokens.segment_ids), records

@@ -11,7 +11,7 @@ from moe_jax.layers.attention import KVCache, relative_bias_table
 from moe_jax.layers.attention_context import AttentionContext, Places
 from moe_jax.layers.norms import make_norm
 from moe_jax.models.block import Block, CrossCache
-from moe_jax.models.config import DEPTH, ModelConfig, Remat, Segment
+from moe_jax.models.config import DEPTH, ModelConfig, NormPlacement, Remat, Segment
 from moe_jax.models.depths import DepthAux, DepthBlock, DepthCache
 from moe_jax.models.mixers import Cache, empty_cache, mixer_contexts
 from moe_jax.moe.layer import NO_INPUTS, MoEAux, RouterInputs, TokenInfo
@@ -94,7 +94,7 @@ class Stack(nnx.Module):
 
   Attributes:
     segments: `ScannedSegment` each.
-    final_norm: of the residual stream; for the caller to apply.
+    final_norm: of the residual stream, if that is not normalised already; see `finish`.
     relative_bias: (buckets, H), the table that all layers share with `relative_bias_shared`.
   """
 
@@ -105,9 +105,14 @@ class Stack(nnx.Module):
     self.segments = nnx.List(
       [ScannedSegment(config, s, key=k) for s, k in zip(segments, keys, strict=True)]
     )
-    self.final_norm = make_norm(config.norm, config.model_dim, config.norm_epsilon)
+    if config.norm_placement == NormPlacement.PRE:
+      self.final_norm = make_norm(config.norm, config.model_dim, config.norm_epsilon)
     if config.attention and config.attention.relative_bias_shared:
       self.relative_bias = relative_bias_table(config.attention)
+
+  def finish(self, x: jax.Array) -> jax.Array:
+    """Returns the residual stream (B, L, D) as heads and decoders read it."""
+    return self.final_norm(x) if hasattr(self, "final_norm") else x
 
   def empty_caches(self, batch_size: int, num_slots: int) -> list[SegmentCache]:
     """Returns caches of all blocks for `num_slots` tokens a row."""

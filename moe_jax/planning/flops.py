@@ -36,6 +36,9 @@ class DispatchCost:
 def forward_flops(config: ModelConfig, sequence_length: int) -> dict[str, float]:
   """Returns the FLOPs a token of one forward pass by component; their sum is the model's.
 
+  A token of an encoder-decoder is one of the encoder and one of the decoder together, whose
+  sequences are of one length.
+
   Two for each active parameter of a matrix, and under `attention_scores` the products with keys
   and values: a token looks back on what its mask shows, the mean over a sequence.
   """
@@ -120,7 +123,14 @@ def _group_tokens(routing: RoutingConfig, batch_size: int, sequence_length: int)
 
 def _score_flops(config: ModelConfig, length: int) -> float:
   """Returns the FLOPs a token of all layers' products with keys and values."""
-  return math.fsum(_block_scores(config, block, length) for block in config.layers())
+  own = math.fsum(_block_scores(config, block, length) for block in config.layers())
+  if config.encoder is None:
+    return own
+  # An encoder's tokens see all others, and so do the decoder's those of the encoder.
+  encoder, across = config.encoder_stack(), config.cross_attention
+  pairs = len(encoder.layers()) * encoder.attention.num_heads * score_width(encoder.attention)
+  pairs += len(config.layers()) * across.num_heads * score_width(across)
+  return own + 2.0 * length * pairs
 
 
 def _block_scores(config: ModelConfig, block: tuple[str, ...], length: int) -> float:

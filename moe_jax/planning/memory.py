@@ -28,13 +28,21 @@ def optimizer_bytes(config: ModelConfig) -> int:
 
 
 def cache_bytes_per_token(config: ModelConfig) -> int:
-  """Returns the bytes that decoding keeps of one token, in the dtype of activations.
+  """Returns the bytes that decoding keeps of one token it writes, in the dtype of activations.
 
   A window or chunk does not shorten the cache, which has a slot for every token. What says which
   slots are real (one byte a slot, one more in a block that takes only some tokens) is left out.
   """
   mixers = config.mixers()
   numbers = sum(cache_width(mixers[block[0]]) for block in config.layers())
+  return numbers * jnp.dtype(config.dtype).itemsize
+
+
+def encoded_cache_bytes_per_token(config: ModelConfig) -> int:
+  """Returns the bytes that decoding keeps of one token of an encoder; 0 without one."""
+  if config.encoder is None:
+    return 0
+  numbers = len(config.layers()) * cache_width(config.cross_attention)
   return numbers * jnp.dtype(config.dtype).itemsize
 
 

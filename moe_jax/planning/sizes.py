@@ -34,17 +34,23 @@ def mixer_size(config: ModelConfig, mixer: str) -> Size:
   section = config.mixers()[mixer]
   if isinstance(section, LatentAttentionConfig):
     return _latent_attention_size(config.model_dim, section)
-  return _attention_size(config.model_dim, section)
+  return attention_size(config.model_dim, section)
 
 
-def _attention_size(D: int, c: AttentionConfig) -> Size:
+def attention_size(D: int, c: AttentionConfig) -> Size:
+  """Returns the size of one attention layer, without a bias that it shares with others."""
   queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
   rest = {"head": 2 * c.head_dim, "projection": queries + keys}.get(c.qk_norm, 0)
   rest += queries + 2 * keys if c.qkv_bias else 0
   rest += D if c.out_bias else 0
   rest += c.num_heads if c.sinks else 0
-  rest += c.num_heads * (c.relative_bias_buckets or 0)
+  rest += 0 if c.relative_bias_shared else relative_bias_size(c)
   return Size(2 * D * queries + 2 * D * keys, rest)
+
+
+def relative_bias_size(c: AttentionConfig) -> int:
+  """Returns the numbers of one table of relative biases, 0 without."""
+  return c.num_heads * (c.relative_bias_buckets or 0)
 
 
 def _latent_attention_size(D: int, c: LatentAttentionConfig) -> Size:

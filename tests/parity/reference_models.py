@@ -347,4 +347,6 @@ def model_class(config):
   """Returns the class of the model of a config."""
   if isinstance(config, DeepseekConfig):
     return DeepseekForCausalLM
+  if config.is_encoder_decoder:
+    return transformers.AutoModelForSeq2SeqLM._model_mapping[type(config)]
   return transformers.AutoModelForCausalLM._model_mapping[type(config)]

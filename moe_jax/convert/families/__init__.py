@@ -13,6 +13,7 @@ from moe_jax.convert.families.gpt_oss import GPT_OSS
 from moe_jax.convert.families.granite import GRANITE
 from moe_jax.convert.families.llama4 import LLAMA4
 from moe_jax.convert.families.mixtral import MIXTRAL
+from moe_jax.convert.families.nllb import NLLB_MOE
 from moe_jax.convert.families.olmoe import OLMOE
 from moe_jax.convert.families.phi import PHIMOE
 from moe_jax.convert.families.qwen import QWEN2_MOE, QWEN3_MOE
@@ -29,7 +30,7 @@ from moe_jax.moe.options import BiasUpdate, Score, Weighting
 
 FAMILIES = (
   *(MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE, DEEPSEEK_V1, DEEPSEEK_V2, DEEPSEEK_V3, LLAMA4),
-  *(GRANITE, DBRX, GLM4_MOE, GPT_OSS, PHIMOE, SWITCH),
+  *(GRANITE, DBRX, GLM4_MOE, GPT_OSS, PHIMOE, SWITCH, NLLB_MOE),
 )
 
 _MOST_DIFFERENCES = 4

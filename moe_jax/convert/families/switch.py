@@ -3,11 +3,11 @@
 import dataclasses
 from typing import Any
 
-from moe_jax.convert.encoder_parts import EMBEDDINGS, TIED_EMBEDDINGS
+from moe_jax.convert.encoder_parts import TIED_EMBEDDINGS, attention, embeddings, networks, norm
 from moe_jax.convert.family import Family, as_segments
 from moe_jax.convert.hub_config import HubConfig, write_activation
 from moe_jax.convert.rules import Rule, rule
-from moe_jax.convert.transforms import LINEAR, LINEAR_OUT, SAME
+from moe_jax.convert.transforms import SAME
 from moe_jax.errors import UserError
 from moe_jax.layers.attention_config import AttentionConfig, Positions
 from moe_jax.layers.mlp import FeedForwardConfig
@@ -37,21 +37,21 @@ def _read(hub: HubConfig) -> ModelConfig:
   cross = AttentionConfig(
     heads, heads, hub.get("d_kv", 64), positions=Positions.NONE, softmax_scale=1.0
   )
-  attention = _with_bias(hub, cross)
+  own = _with_bias(hub, cross)
   tied = bool(hub.get("tie_word_embeddings", True))
   dense = any(block.endswith(":dense") for blocks in stacks.values() for block in blocks)
   return ModelConfig(
     vocab_size=hub.get("vocab_size", 32128),
     model_dim=width,
     segments=as_segments(stacks["decoder"]),
-    attention=attention,
+    attention=own,
     mlp=FeedForwardConfig(**network) if dense else None,
     moe=MoEConfig(
       _routing(hub, stacks), router_jitter=hub.get("router_jitter_noise", 0.01), **network
     ),
     encoder=EncoderConfig(
       as_segments(stacks["encoder"]),
-      attention,
+      own,
       start_token=hub.get("decoder_start_token_id", 0),
       own_embedding=not tied,
     ),
@@ -99,7 +99,7 @@ def _routing(hub: HubConfig, stacks: dict[str, list[str]]):
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-  attention, routing = config.attention, config.moe.routing
+  own, routing = config.attention, config.moe.routing
   stacks = {"encoder": config.encoder_stack(), "decoder": config}
   sparse = {name: [b[1] == "moe" for b in stack.layers()] for name, stack in stacks.items()}
   most = max(sum(each) for each in sparse.values())
@@ -109,9 +109,9 @@ def _write(config: ModelConfig) -> dict[str, Any]:
   return {
     "vocab_size": config.vocab_size,
     "d_model": config.model_dim,
-    "d_kv": attention.head_dim,
+    "d_kv": own.head_dim,
     "d_ff": config.moe.hidden_dim,
-    "num_heads": attention.num_heads,
+    "num_heads": own.num_heads,
     "num_layers": len(sparse["encoder"]),
     "num_decoder_layers": len(sparse["decoder"]),
     **{f"num_sparse_{name}_layers": _count(each) for name, each in sparse.items()},
@@ -121,8 +121,8 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     "router_dtype": "float32",
     "router_jitter_noise": config.moe.router_jitter,
     **losses,
-    "relative_attention_num_buckets": attention.relative_bias_buckets,
-    "relative_attention_max_distance": attention.relative_bias_max_distance,
+    "relative_attention_num_buckets": own.relative_bias_buckets,
+    "relative_attention_max_distance": own.relative_bias_max_distance,
     "dense_act_fn": write_activation(config.moe.activation),
     "dropout_rate": config.dropout,
     "layer_norm_epsilon": config.norm_epsilon,
@@ -145,46 +145,29 @@ def _count(sparse: list[bool]) -> int:
   raise UserError(f"experts in every s-th layer from the second on, not in {sparse}")
 
 
-def _attention(hub: str, ours: str) -> tuple[Rule, ...]:
-  names = {"q": "query", "k": "key", "v": "value"}
-  lines = (rule(f"{hub}.{theirs}.weight", f"{ours}.{own}", LINEAR) for theirs, own in names.items())
-  return (*lines, rule(f"{hub}.o.weight", f"{ours}.out", LINEAR_OUT))
-
-
-def _networks(block: str) -> tuple[Rule, ...]:
-  names = {"wi": "up", "wo": "down"}
-  dense = (
-    rule(f"{block}.mlp.{theirs}.weight", f"feed_forward.weights.{own}", LINEAR)
-    for theirs, own in names.items()
-  )
-  experts = (
-    rule(
-      f"{block}.mlp.experts.expert_{{expert}}.{theirs}.weight",
-      f"feed_forward.experts.weights.{own}",
-      LINEAR,
-    )
-    for theirs, own in names.items()
-  )
-  return (
-    *dense,
-    *experts,
-    rule(f"{block}.mlp.router.classifier.weight", "feed_forward.router.kernel", LINEAR),
-    rule(f"{block}.mlp.router.classifier.bias", "feed_forward.router.logit_bias", SAME),
-    rule(f"{block}.layer_norm.weight", "feed_forward_norm.scale", SAME),
-  )
+_ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "o"}
+_NETWORK = {"up": "wi", "down": "wo"}
 
 
 def _stack(name: str, layer: str) -> tuple[Rule, ...]:
+  """Returns the lines that the encoder and the decoder both have."""
   block = f"{name}.block.{layer}.layer"
   return (
-    *_attention(f"{block}.0.SelfAttention", "mixer"),
-    rule(f"{block}.0.layer_norm.weight", "mixer_norm.scale", SAME),
+    *attention(f"{block}.0.SelfAttention", "mixer", _ATTENTION),
+    *norm(f"{block}.0.layer_norm", "mixer_norm"),
     rule(
       f"{name}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
       f"{name}.relative_bias",
       SAME,
     ),
     rule(f"{name}.final_layer_norm.weight", f"{name}.final_norm.scale", SAME),
+  )
+
+
+def _feed_forward(layer: str) -> tuple[Rule, ...]:
+  return (
+    *networks(f"{layer}.mlp", _NETWORK),
+    *norm(f"{layer}.layer_norm", "feed_forward_norm"),
   )
 
 
@@ -195,13 +178,13 @@ SWITCH = Family(
   read=_read,
   write=_write,
   rules=(
-    *EMBEDDINGS,
+    *embeddings(),
     *_stack("encoder", "{encoder_layer}"),
-    *_networks("encoder.block.{encoder_layer}.layer.1"),
+    *_feed_forward("encoder.block.{encoder_layer}.layer.1"),
     *_stack("decoder", "{layer}"),
-    *_attention("decoder.block.{layer}.layer.1.EncDecAttention", "cross_attention"),
-    rule("decoder.block.{layer}.layer.1.layer_norm.weight", "cross_norm.scale", SAME),
-    *_networks("decoder.block.{layer}.layer.2"),
+    *attention("decoder.block.{layer}.layer.1.EncDecAttention", "cross_attention", _ATTENTION),
+    *norm("decoder.block.{layer}.layer.1.layer_norm", "cross_norm"),
+    *_feed_forward("decoder.block.{layer}.layer.2"),
   ),
   ignored=TIED_EMBEDDINGS,
   encoder_decoder=True,
