@@ -72,7 +72,13 @@ def sample(config: ExperimentConfig, data: PreparedData, model: Model) -> dict[s
   c = config.sample
   key = stream_key(config.seed, Stream.SAMPLE)
   text = continue_text(
-    model, data.tokenizer, c.prompt, c.max_new_tokens, temperature=c.temperature, key=key
+    model,
+    data.tokenizer,
+    c.prompt,
+    c.max_new_tokens,
+    temperature=c.temperature,
+    key=key,
+    question=config.question,
   )
   return {"prompt": c.prompt, "text": text, "temperature": c.temperature}
 
@@ -92,12 +98,14 @@ def expert_tokens(
     return [(plan.expert, plan.valid, plan.token) for plan in aux.plans]
 
   routing = config.model.moe.routing
-  counts = [ExpertTokenCounts(routing.num_experts, data.vocab_size) for _ in layers]
-  for batch in eval_batches(data.heldout, config.batch_size):
-    for count, (expert, valid, token) in zip(
-      counts, jax.device_get(experts_of(params, batch)), strict=True
-    ):
-      ids = np.take_along_axis(np.asarray(to_groups(batch["tokens"], routing)), token, axis=1)
+  encoder = config.model.encoder_stack()
+  first_decoder_layer = 0 if encoder is None else len(encoder.layers())
+  counts = [ExpertTokenCounts(routing.num_experts, config.model.vocab_size) for _ in layers]
+  for batch in eval_batches(data.heldout, config.batch_size, transform=config.pair_maker):
+    found = jax.device_get(experts_of(params, batch))
+    for layer, count, (expert, valid, token) in zip(layers, counts, found, strict=True):
+      read = batch["source_tokens" if layer < first_decoder_layer else "tokens"]
+      ids = np.take_along_axis(np.asarray(to_groups(read, routing)), token, axis=1)
       count.add(ids, expert[..., None], valid)
 
   def decode(token):

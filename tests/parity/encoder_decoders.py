@@ -1,7 +1,7 @@
 """Tiny encoder-decoders and what the transformers library computes with them; needs torch.
 
-NLLB-MoE runs as its authors released it: transformers 5.23 makes one-hot vectors of what already are
-one-hot vectors, so that only experts 0 and 1 ever run.
+NLLB-MoE runs as its authors released it: transformers 5.23 makes one-hot vectors of what are such
+vectors already, so that only experts 0 and 1 ever run.
 """
 
 import copy

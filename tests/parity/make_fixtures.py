@@ -8,8 +8,8 @@ Needs torch and transformers, which the tests do not. Every variant's folder hol
 `expected.npz`; with --weights also `model.safetensors`. The committed fixtures are those of seed 0,
 made with torch 2.13.0 and transformers 5.23.0 on a CPU, in float32, eagerly.
 
-`expected.npz` of a decoder: `logits`; `logits_rp` of the same tokens with 7 of row 1 masked at the end;
-`router_logits_i` of MoE layer i; `aux_loss[_rp]`, the balance loss without its coefficient (of
+`expected.npz` of a decoder: `logits`; `logits_rp` of the same tokens with 7 of row 1 masked at the
+end; `router_logits_i` of MoE layer i; `aux_loss[_rp]`, the balance loss without its coefficient (of
 DeepSeekMoE with it); `gen`, 16 greedy tokens after `gen_prompt` with a cache, and `gen_nocache`;
 `grad:NAME`, the gradient of the training loss for every router.
 Encoder-decoders (`encoder_decoders.py`) have `decoder_input_ids` beside the encoder's tokens, which
