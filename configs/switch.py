@@ -1,6 +1,23 @@
 """Switch Transformers (arXiv 2101.03961): T5 with one expert a token in every other layer.
 
-configs/switch.py:tiny       the default; a minute on a CPU, most of it to compile
+  configs/switch.py:tiny       the default; a minute on a CPU, most of it to compile
+  configs/switch.py:base_8     619 M total, 223 M active, 2.5 GFLOP
+  configs/switch.py:base_16    1.07 B total, 223 M active, 2.5 GFLOP
+  configs/switch.py:base_32    1.98 B total, 223 M active, 2.5 GFLOP
+  configs/switch.py:base_64    3.79 B total, 223 M active, 2.5 GFLOP
+  configs/switch.py:base_128   7.42 B total, 224 M active, 2.5 GFLOP
+  configs/switch.py:base_256   14.66 B total, 225 M active, 2.5 GFLOP
+  configs/switch.py:large_128  26.31 B total, 741 M active, 7.5 GFLOP
+  configs/switch.py:xxl        394.68 B total, 11.15 B active, 78.2 GFLOP
+  configs/switch.py:c          1,571.33 B total, 1.75 B active, 13.6 GFLOP
+
+Switch-C has experts in every layer; Switch-XXL has gated networks, a head of its own, and 128
+experts: Table 9 prints 64, which with its other figures comes to about half of its 395 B.
+Pre-training hides 15 % of the tokens in spans. A token of `plan` is one of the encoder and one of
+the decoder together.
+
+GFLOP: to train on such a token of sequences of 4,096. Memory and more:
+`moe-jax plan --config=configs/switch.py:base_128`.
 """
 
 from ml_collections import config_dict
