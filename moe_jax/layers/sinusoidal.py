@@ -18,5 +18,5 @@ def sinusoidal_embedding(positions: jax.Array, dim: int) -> jax.Array:
   """
   half = dim // 2
   frequencies = jnp.exp(-math.log(10_000.0) / (half - 1) * jnp.arange(half, dtype=jnp.float32))
-  angles = positions[..., None].astype(jnp.float32) * frequencies
+  angles = jnp.multiply.outer(positions.astype(jnp.float32), frequencies)
   return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
