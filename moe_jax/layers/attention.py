@@ -197,16 +197,14 @@ def relative_bias_table(config: AttentionConfig) -> nnx.Param:
   return _zeros((config.relative_bias_buckets, config.num_heads), ("bias", "heads"))
 
 
-def cross_context(encoded: jax.Array | None, mask: jax.Array, length: int) -> AttentionContext:
+def cross_context(encoded: jax.Array | None, mask: jax.Array) -> AttentionContext:
   """Returns the context of attention to an encoder's output.
 
   Args:
     encoded: (B, M, D); None where a cache holds its keys and values.
-    mask: (B, M) bool, True = real token of it.
-    length: L, the queries of a row.
+    mask: (B, L, M) bool, True = query l may look at m.
   """
-  shape = (mask.shape[0], length, mask.shape[1])
-  return AttentionContext(None, jnp.broadcast_to(mask[:, None, :], shape), source=encoded)
+  return AttentionContext(None, mask, source=encoded)
 
 
 def _zeros(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:

@@ -39,7 +39,7 @@ class AttentionContext:
   Attributes:
     rotary: cosines and sines of the tokens' positions, see `rotary_table`; None without rotation.
     mask: (B, L, M) bool, True = query l may look at slot m; M = L without a cache. Every query
-      looks at one slot at least, unless an encoder's output that it looks at is all padding.
+      looks at one slot at least, but may find none in an encoder's output.
     cache_index: int32 scalar, the cache slot of the first token; None without a cache.
     query_scale: (B, L) float32, what queries are multiplied by; None = 1.
     buckets: (B, L, M) int32, see `relative_buckets`; None without a relative bias.

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.layers.attention import Attention, KVCache
@@ -130,6 +131,8 @@ class Block(nnx.Module):
   def _attend_to_encoder(self, x, context, cache, key):
     key = None if key is None else jax.random.fold_in(key, 1)
     y, _ = self.cross_attention(x, context, cache, key=key)
+    # A query that may look at nothing must not get the mean of everything.
+    y = jnp.where(jnp.any(context.mask, axis=-1, keepdims=True), y, 0)
     return y * self.multiplier
 
   def _feed_forward(self, x, tokens, inputs, keys, train):

@@ -173,10 +173,10 @@ class ModelConfig:
         f"mtp_depth = {self.mtp_depth} with mtp_loss_weight = {self.mtp_loss_weight} is refused:"
         " both must be 0 or greater"
       )
+    self._check_encoder()
     self._check_sections()
     self._check_experts()
     self._check_stream()
-    self._check_encoder()
     # JSON gives lists, and a config must be hashable: it is part of what is compiled.
     object.__setattr__(self, "segments", tuple(map(tuple, self.segments)))
 

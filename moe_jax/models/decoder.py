@@ -177,7 +177,7 @@ class Decoder(Stack):
     info = TokenInfo(token_mask, tokens)
     contexts = self.contexts(places)
     if cache.encoded_mask is not None:
-      contexts[CROSS] = cross_context(None, cache.encoded_mask, tokens.shape[1])
+      contexts[CROSS] = cross_context(None, _to_all(cache.encoded_mask, tokens.shape[1]))
     x = self.embed(tokens, token_mask, positions)
     x, segments, _ = self._run(
       x, info, contexts, cache.segments, inputs=NO_INPUTS, key=None, train=False
@@ -200,7 +200,7 @@ class Decoder(Stack):
     caches, mask = self.empty_caches(batch_size, num_slots), None
     if encoded is not None:
       mask = encoded.mask
-      context = cross_context(encoded.hidden, mask, 1)
+      context = cross_context(encoded.hidden, _to_all(mask, 1))
       caches = self.with_encoded(caches, encoded.hidden, context)
     return DecoderCache(caches, jnp.zeros((batch_size, num_slots), bool), jnp.int32(0), mask)
 
@@ -208,8 +208,10 @@ class Decoder(Stack):
     self._check_encoded(encoded)
     contexts = self.contexts(places)
     if encoded is not None:
-      length = places.query_positions.shape[1]
-      contexts[CROSS] = cross_context(encoded.hidden, encoded.mask, length)
+      mask = _to_all(encoded.mask, places.query_positions.shape[1])
+      if encoded.segment_ids is not None:
+        mask &= places.segment_ids[:, :, None] == encoded.segment_ids[:, None, :]
+      contexts[CROSS] = cross_context(encoded.hidden, mask)
     return contexts
 
   def _run(self, x, tokens: TokenInfo, contexts, caches, *, inputs, key, train):
@@ -267,6 +269,11 @@ class Decoder(Stack):
     further = train and self.config.mtp_depth
     stacks = [*self.segments, *([each.segment for each in self.mtp] if further else [])]
     check_router_inputs(inputs, sum(stack.num_moe_layers for stack in stacks))
+
+
+def _to_all(mask_BM: jax.Array, length: int) -> jax.Array:
+  """Returns (B, L, M): every query may look at what is real."""
+  return jnp.broadcast_to(mask_BM[:, None, :], (mask_BM.shape[0], length, mask_BM.shape[1]))
 
 
 def check_router_inputs(inputs: RouterInputs, layers: int) -> None:

@@ -31,15 +31,9 @@ class EncoderConfig:
           f"encoder.attention.{name} = {getattr(attention, name)} is refused: it looks back, and an"
           " encoder looks both ways; leave it out"
         )
-    buckets, distance = attention.relative_bias_buckets, attention.relative_bias_max_distance
+    buckets = attention.relative_bias_buckets
     if buckets is not None and (buckets % 2 or buckets < 4):
       raise UserError(
         f"encoder.attention.relative_bias_buckets = {buckets} is refused: half of them are for keys"
         f" ahead, so it must be even and at least 4, for example {max(4, buckets + buckets % 2)}"
-      )
-    if buckets is not None and distance <= buckets // 4:
-      raise UserError(
-        f"encoder.attention.relative_bias_max_distance = {distance} is refused: the first"
-        f" {buckets // 4} distances have buckets of their own, so it must be at least"
-        f" {buckets // 4 + 1}"
       )
