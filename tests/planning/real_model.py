@@ -5,13 +5,13 @@ import math
 import jax
 from flax import nnx
 
-from moe_jax.models import Decoder, ModelConfig
+from moe_jax.models import Model, ModelConfig, make_model
 from moe_jax.moe.router import RouterState
 
 
-def abstract_model(config: ModelConfig) -> Decoder:
+def abstract_model(config: ModelConfig) -> Model:
   """Returns the model with shapes in place of arrays."""
-  return nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0)))
+  return nnx.eval_shape(lambda: make_model(config, key=jax.random.key(0)))
 
 
 def sizes_by_component(config: ModelConfig) -> dict[str, int]:
@@ -27,12 +27,14 @@ def sizes_by_component(config: ModelConfig) -> dict[str, int]:
 
 def component(path: tuple) -> str:
   """Names the component that a parameter belongs to."""
-  words = [word for word in path if isinstance(word, str)]
+  words = [word for word in path if isinstance(word, str) and word not in ("encoder", "decoder")]
   if words[0] in ("embedding", "head", "head_bias"):
     return words[0].removesuffix("_bias")
-  if words[0] == "final_norm" or {"mixer_norm", "feed_forward_norm"} & set(words):
+  if words[0] == "final_norm" or {"mixer_norm", "cross_norm", "feed_forward_norm"} & set(words):
     return "norms"
-  if "mixer" in words:
+  if "cross_attention" in words:
+    return "cross_attention"
+  if "mixer" in words or words[0] == "relative_bias":
     return "attention"
   if "feed_forward" not in words:
     return "depth_router"
