@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from moe_jax.convert.hub_config import HubConfig, write_activation, write_rope
+from moe_jax.convert.hub_config import CONFIG_FILE, HubConfig, write_activation, write_rope
 from moe_jax.convert.rules import Rule, rule
 from moe_jax.convert.transforms import FLAT, LINEAR, LINEAR_OUT, SAME
+from moe_jax.errors import UserError
 from moe_jax.layers.attention_config import AttentionConfig
 from moe_jax.layers.mlp import FeedForwardConfig
 from moe_jax.models import ModelConfig
@@ -40,6 +41,9 @@ ATTENTION = (
 )
 LLAMA_PARTS = OUTER + NORMS + ATTENTION
 
+# The layers after the last are those of multi-token prediction, which only training uses.
+PREDICTION_LAYERS = r"model\.layers\.{prediction}\..*"
+
 
 def network(hub: str, ours: str, names: tuple[str, str, str]) -> tuple[Rule, ...]:
   """Returns the lines of a gated network.
@@ -69,22 +73,33 @@ def router(hub: str) -> Rule:
   return rule(BLOCK + hub, "feed_forward.router.kernel", LINEAR)
 
 
+def head_width(hub: HubConfig) -> int:
+  """Returns the width of a head, by default its share of the model's."""
+  return hub.get("head_dim", hub.get("hidden_size") // hub.get("num_attention_heads"))
+
+
 def read_attention(hub: HubConfig, *, theta: float = 10_000.0, **changes) -> AttentionConfig:
   """Returns softmax attention with rotary positions; `changes` are further fields.
 
   Args:
+    hub: the settings.
     theta: base of the frequencies where the file has none.
+    **changes: with `rotary_dim` for families that rotate a part of a head; the code of the others
+      rotates all of it whatever the file says, and a file that says otherwise is refused.
   """
-  heads = hub.get("num_attention_heads")
-  theta, scaling, part = hub.rope(theta)
-  head_dim = hub.get("head_dim", hub.get("hidden_size") // heads)
+  heads, head_dim = hub.get("num_attention_heads"), head_width(hub)
+  theta, scaling = hub.rope(theta)
+  if "rotary_dim" not in changes and hub.rotated_part() != 1.0:
+    raise UserError(
+      f"{CONFIG_FILE} has partial_rotary_factor = {hub.rotated_part()}, which is not supported:"
+      " expected 1.0"
+    )
   fields = dict(
     num_heads=heads,
     num_kv_heads=hub.get("num_key_value_heads", heads),
     head_dim=head_dim,
     rope_theta=theta,
     rope_scaling=scaling,
-    rotary_dim=None if part == 1.0 else int(head_dim * part),
   )
   return AttentionConfig(**{**fields, **changes})
 

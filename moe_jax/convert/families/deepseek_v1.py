@@ -24,7 +24,7 @@ from moe_jax.convert.parts import (
 )
 from moe_jax.models import ModelConfig
 from moe_jax.moe.layer import MoEConfig
-from moe_jax.moe.options import BalanceScope, Grouping
+from moe_jax.moe.options import BalanceScope, Grouping, Weighting
 from moe_jax.moe.presets import preset
 
 
@@ -49,12 +49,17 @@ def _balance(hub: HubConfig) -> dict[str, Any]:
 
 def _read(hub: HubConfig) -> ModelConfig:
   hub.only("scoring_func", "softmax")
-  blocks, biased = _blocks(hub), hub.get("attention_bias", False)
+  blocks, biased, top_k = (
+    _blocks(hub),
+    hub.get("attention_bias", False),
+    hub.get("num_experts_per_tok"),
+  )
   routing = preset(
     "deepseek_moe",
     num_experts=hub.get("n_routed_experts"),
-    top_k=hub.get("num_experts_per_tok"),
-    weighting=renormalized(hub, False),
+    top_k=top_k,
+    # The released gate leaves a single weight as it is.
+    weighting=renormalized(hub, False) if top_k > 1 else Weighting.RAW,
     **_balance(hub),
   )
   return ModelConfig(
