@@ -56,8 +56,6 @@ _SCALING_KEYS = {
   "high_freq_factor": "high_freq_factor",
   "short_factors": "short_factor",
   "long_factors": "long_factor",
-  "short_mscale": "short_mscale",
-  "long_mscale": "long_mscale",
 }
 _FIELDS_OF = {
   RopeScalingKind.LINEAR: ("factor",),
@@ -74,8 +72,6 @@ _FIELDS_OF = {
     "short_factors",
     "long_factors",
     "attention_factor",
-    "short_mscale",
-    "long_mscale",
   ),
 }
 
@@ -99,6 +95,8 @@ class HubConfig:
     for alias in _ALIASES_OF.get(name, (name,)):
       if self.values.get(alias) is not None:
         return self.values[alias]
+    if default is _NEEDED and name in self.values:
+      raise UserError(f"{CONFIG_FILE} has {name} = null; expected a value")
     if default is _NEEDED:
       raise UserError(f"{CONFIG_FILE} has no {name!r}; {did_you_mean(name, self.values)}")
     return default
