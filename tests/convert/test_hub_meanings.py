@@ -116,6 +116,15 @@ def test_longrope_is_read_and_written():
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 
 
+def test_sizes_that_no_layer_uses_are_numbers_all_the_same():
+  full = read("gpt_oss", layer_types=["full_attention"] * 4)
+  assert written(full)["sliding_window"] == 128
+  assert config_of(written(full)) == full
+  assert written(read("llama4_scout", no_rope_layers=[0] * 4, layer_types=None))[
+    "attention_chunk_size"
+  ]
+
+
 @pytest.mark.parametrize(
   ("fixture", "changes", "words"),
   [

@@ -24,6 +24,8 @@ from moe_jax.moe.layer import MoEConfig
 from moe_jax.moe.presets import preset
 
 _WORDS = {"sliding_attention": "attention", "full_attention": "global_attention"}
+# The library's code asks for a window, where no layer has one too.
+_WINDOW = 128
 _YARN = {
   "rope_type": "yarn",
   "factor": 32.0,
@@ -45,7 +47,7 @@ def _with_defaults(hub: HubConfig) -> HubConfig:
   """Returns the settings with those of the library's class: a file without rotary ones has YaRN."""
   if hub.get("rope_parameters", None) is None and not hub.get("rope_scaling", None):
     hub = HubConfig({**hub.values, "rope_parameters": _YARN})
-  return hub.with_defaults(num_key_value_heads=8, head_dim=64, sliding_window=128)
+  return hub.with_defaults(num_key_value_heads=8, head_dim=64, sliding_window=_WINDOW)
 
 
 def _read(hub: HubConfig) -> ModelConfig:
@@ -87,7 +89,10 @@ def _read(hub: HubConfig) -> ModelConfig:
 
 def _write(config: ModelConfig) -> dict[str, Any]:
   moe, attention = config.moe, config.attention or config.global_attention
-  names = {word: kind for kind, word in _WORDS.items()}
+  window = config.attention.window if config.attention else None
+  kinds = {word: kind for kind, word in _WORDS.items()}
+  if window is None:
+    kinds["attention"] = "full_attention"
   rope = {} if attention.rope_scaling else {"rope_scaling": _PLAIN}
   return {
     # The name is the same whatever the library computes.
@@ -95,8 +100,8 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     **write_attention(attention),
     **rope,
     "attention_bias": attention.qkv_bias,
-    "sliding_window": attention.window,
-    "layer_types": [names[block[0]] for block in config.layers()],
+    "sliding_window": window or _WINDOW,
+    "layer_types": [kinds[block[0]] for block in config.layers()],
     "intermediate_size": moe.hidden_dim,
     "swiglu_limit": moe.clamp,
     "num_local_experts": moe.routing.num_experts,

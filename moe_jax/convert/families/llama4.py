@@ -30,6 +30,8 @@ from moe_jax.moe.presets import preset
 
 _ROTATED, _PLAIN = "attention", "global_attention"
 _CHUNKED, _FULL = "chunked_attention", "full_attention"
+# The library's code asks for a size, where no layer has chunks too.
+_CHUNK = 8192
 _KINDS = {_ROTATED: _CHUNKED, _PLAIN: _FULL}
 
 
@@ -104,7 +106,7 @@ def _attentions(hub: HubConfig) -> dict[str, AttentionConfig]:
 
 
 def _read(hub: HubConfig) -> ModelConfig:
-  hub = hub.with_defaults(num_key_value_heads=8, head_dim=128, attention_chunk_size=8192)
+  hub = hub.with_defaults(num_key_value_heads=8, head_dim=128, attention_chunk_size=_CHUNK)
   blocks, width = _blocks(hub), hub.get("intermediate_size")
   routing = preset(
     "llama4",
@@ -135,7 +137,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     "no_rope_layers": [int(word == _ROTATED) for word in words],
     "layer_types": [_FULL if mixers[word].chunk is None else _CHUNKED for word in words],
     "attention_bias": any_attention.qkv_bias,
-    "attention_chunk_size": next((c.chunk for c in mixers.values() if c and c.chunk), None),
+    "attention_chunk_size": next((c.chunk for c in mixers.values() if c and c.chunk), _CHUNK),
     "use_qk_norm": any_attention.qk_norm == QKNorm.L2,
     "num_local_experts": moe.routing.num_experts,
     "num_experts_per_tok": moe.routing.top_k,
