@@ -155,16 +155,29 @@ class HubConfig:
       )
     return given
 
-  def rope(self, default_theta: float = 10_000.0) -> tuple[float, RopeScaling | None]:
+  def rope(
+    self, default_theta: float = 10_000.0, *, partial: bool = False
+  ) -> tuple[float, RopeScaling | None]:
     """Returns theta and the scaling.
 
     Reads `rope_parameters`, which holds everything, and the older `rope_theta` beside
     `rope_scaling`, whose kind is called "rope_type" or "type" and which wins where both are given.
 
+    Args:
+      default_theta: where the file has none.
+      partial: whether the family rotates a part of a head, see `rotated_part`. The code of the
+        others rotates all of it whatever the file says, and a file that says otherwise is refused.
+
     Raises:
-      UserError: a kind of scaling that is not one of `RopeScalingKind`, or one of each layer type.
+      UserError: a kind of scaling that is not one of `RopeScalingKind`, one of each layer type, or
+        a part of a head.
     """
     given = self.rope_settings()
+    if not partial and self.rotated_part() != 1.0:
+      raise UserError(
+        f"{CONFIG_FILE} has partial_rotary_factor = {self.rotated_part()}, which is not supported:"
+        " expected 1.0"
+      )
     if nested := [name for name, value in given.items() if isinstance(value, dict)]:
       raise UserError(
         f"{CONFIG_FILE} has rope settings for {', '.join(nested)} apart, which is not supported:"

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from moe_jax.convert.hub_config import CONFIG_FILE, HubConfig, write_activation, write_rope
+from moe_jax.convert.hub_config import HubConfig, write_activation, write_rope
 from moe_jax.convert.rules import Rule, rule
 from moe_jax.convert.transforms import FLAT, LINEAR, LINEAR_OUT, SAME
-from moe_jax.errors import UserError
 from moe_jax.layers.attention_config import AttentionConfig
 from moe_jax.layers.mlp import FeedForwardConfig
 from moe_jax.models import ModelConfig
@@ -84,16 +83,10 @@ def read_attention(hub: HubConfig, *, theta: float = 10_000.0, **changes) -> Att
   Args:
     hub: the settings.
     theta: base of the frequencies where the file has none.
-    **changes: with `rotary_dim` for families that rotate a part of a head; the code of the others
-      rotates all of it whatever the file says, and a file that says otherwise is refused.
+    **changes: with `rotary_dim`, for families that rotate a part of a head.
   """
   heads, head_dim = hub.get("num_attention_heads"), head_width(hub)
-  theta, scaling = hub.rope(theta)
-  if "rotary_dim" not in changes and hub.rotated_part() != 1.0:
-    raise UserError(
-      f"{CONFIG_FILE} has partial_rotary_factor = {hub.rotated_part()}, which is not supported:"
-      " expected 1.0"
-    )
+  theta, scaling = hub.rope(theta, partial="rotary_dim" in changes)
   fields = dict(
     num_heads=heads,
     num_kv_heads=hub.get("num_key_value_heads", heads),

@@ -129,6 +129,7 @@ def test_sizes_that_no_layer_uses_are_numbers_all_the_same():
   ("fixture", "changes", "words"),
   [
     ("mixtral_8x7b", dict(partial_rotary_factor=0.5), "partial_rotary_factor = 0.5"),
+    ("deepseek_v3", dict(partial_rotary_factor=0.5), "partial_rotary_factor = 0.5"),
     ("mixtral_8x7b", dict(rope_scaling={"full": LINEAR}), "rope settings for full apart"),
     ("mixtral_8x7b", dict(rope_scaling={**LONGROPE, "factor": 0.5}), "factor = 0.5"),
     ("olmoe", dict(rope_scaling={**LONGROPE, "long_factor": [1]}), "expected 4"),
