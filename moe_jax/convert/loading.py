@@ -55,7 +55,7 @@ def load_pretrained(path: str | Path, dtype: str = "float32") -> tuple[Model, Mo
     if config is None:
       _refuse(folder, faults)
     wanted = links(family.rules, config)
-    faults += _tensor_faults(wanted, files, _ignored(family, config))
+    faults += _tensor_faults(wanted, files, _ignored(family, config, hub))
     if faults:
       _refuse(folder, faults)
     leaves = _read_leaves(wanted, files, config)
@@ -87,10 +87,12 @@ def _check_plain(hub: HubConfig) -> None:
     )
 
 
-def _ignored(family: Family, config: ModelConfig) -> tuple[str, ...]:
+def _ignored(family: Family, config: ModelConfig, hub: HubConfig) -> tuple[str, ...]:
   # Some files repeat a tied embedding as the head.
   tied = (r"lm_head\.weight",) if config.tie_embeddings else ()
-  beyond = (pattern.replace("{layers}", str(len(config.layers()))) for pattern in family.ignored)
+  first, count = len(config.layers()), hub.get("num_nextn_predict_layers", 1)
+  numbers = "|".join(str(first + i) for i in range(max(count, 1)))
+  beyond = (pattern.replace("{prediction}", f"({numbers})") for pattern in family.ignored)
   return (*beyond, *tied, r".*\.rotary_emb\.inv_freq")
 
 
@@ -103,7 +105,8 @@ def _tensor_faults(wanted: list[Link], files: TensorFiles, ignored: tuple[str, .
     elif found[link.key] != link.shape:
       faults.append(f"{link.key} has the shape {found[link.key]}, expected {link.shape}")
   known = {link.key for link in wanted}
-  for key in sorted(set(found) - known):
+  # A network of no width, which some files keep, is none.
+  for key in sorted(key for key in set(found) - known if math.prod(found[key])):
     if not any(re.fullmatch(pattern, key) for pattern in ignored):
       faults.append(f"{key} has no place in the model")
   return faults

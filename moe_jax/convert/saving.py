@@ -31,7 +31,7 @@ def to_hub(tree: Any, config: ModelConfig) -> dict[str, np.ndarray]:
 
   Args:
     tree: a model, its state, the state of its parameters alone, or nested mappings of that shape.
-    config: the model's.
+    config: the model's; with `mtp_depth` = 0, layers of multi-token prediction are left out.
 
   Returns:
     One array a tensor of the checkpoint. Tensors of variables that the tree lacks, as gradients
@@ -40,7 +40,7 @@ def to_hub(tree: Any, config: ModelConfig) -> dict[str, np.ndarray]:
   Raises:
     UserError: no architecture of the hub has such models, or leaves that do not fit the config.
   """
-  leaves = flat_leaves(tree)
+  leaves = _leaves(tree, config)
   shapes = parameter_shapes(config)
   absent = router_state(config) - set(leaves)
   _check_leaves(leaves, {place: shapes[place] for place in shapes if place not in absent})
@@ -68,7 +68,7 @@ def save_pretrained(
 
   Args:
     model: the model; tensors keep their dtypes.
-    config: its config.
+    config: its config; with `mtp_depth` = 0, layers of multi-token prediction are left out.
     path: the folder to write; it must be absent or empty.
     like: a checkpoint folder whose settings of other kinds (ids of special tokens, context length)
       and other files (tokenizer, generation) are copied.
@@ -82,7 +82,7 @@ def save_pretrained(
   if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
     raise UserError(f"{folder} exists and is not an empty folder; give another path")
   family = family_of(config)
-  leaves = flat_leaves(model)
+  leaves = _leaves(model, config)
   _check_leaves(leaves, parameter_shapes(config))
   settings = dict(architecture_settings(family, config))
   settings["torch_dtype"] = str(_embedding(leaves).dtype)
@@ -132,6 +132,13 @@ def _on_host(array: jax.Array) -> np.ndarray:
 
 def _embedding(leaves: Mapping[Place, jax.Array]) -> jax.Array:
   return next(leaf for place, leaf in leaves.items() if place[-1] == "embedding")
+
+
+def _leaves(tree: Any, config: ModelConfig) -> dict[Place, jax.Array]:
+  leaves = flat_leaves(tree)
+  if config.mtp_depth:
+    return leaves
+  return {place: leaf for place, leaf in leaves.items() if place[0] != "mtp"}
 
 
 def _check_leaves(leaves: Mapping[Place, Any], shapes: Mapping[Place, tuple[int, ...]]) -> None:

@@ -122,6 +122,8 @@ class AttentionConfig:
         f"rotary_dim = {self.rotary_dim} is refused: it must be even, from 2 to head_dim ="
         f" {self.head_dim}"
       )
+    if self.rope_scaling is not None:
+      self.rope_scaling.check_width(self.rotary_dim or self.head_dim)
 
   def _check_no_rotary(self) -> None:
     unused = {
@@ -231,6 +233,8 @@ class LatentAttentionConfig:
         f"rope_dim = {self.rope_dim} is odd; rotary positions need an even width,"
         f" for example {self.rope_dim + 1}"
       )
+    if self.rope_scaling is not None:
+      self.rope_scaling.check_width(self.rope_dim)
     check_positive(self, "rope_theta", "norm_epsilon")
 
   @property

@@ -18,6 +18,8 @@ _ACTIVATIONS = {
   "gelu": lambda z: gelu(z)[0],
   "silu": lambda z: silu(z)[0],
   "gelu_exact": _exact_gelu,
+  "quick_gelu": _quick_gelu,
+  "squared_relu": lambda z: relu(z)[0] ** 2,
   "shifted_quick_gelu": _quick_gelu,
 }
 

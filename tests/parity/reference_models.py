@@ -331,6 +331,18 @@ CONFIGS: dict[str, Callable] = {
   "granitemoe_tied": lambda: _granite(tie_word_embeddings=True),
   "phimoe": _phimoe,
   "phimoe_narrow": lambda: _phimoe(router_jitter_noise=0.01, num_hidden_layers=2),
+  "phimoe_longrope": lambda: _phimoe(
+    num_hidden_layers=1,
+    **_rope(
+      10_000.0,
+      rope_type="longrope",
+      short_factor=[1.0, 1.5, 2.0, 3.0],
+      long_factor=[2.0, 4.0, 8.0, 16.0],
+      short_mscale=1.2,
+      long_mscale=1.5,
+      original_max_position_embeddings=64,
+    ),
+  ),
   "dbrx": _dbrx,
   "dbrx_p2": lambda: _dbrx(norm_order=2.0),
   "glm4_moe": _glm4,

@@ -36,7 +36,7 @@ FORWARD = (
   *("mixtral_swa", "olmoe_clip_gqa_norm", "qwen2_moe_mixed", "qwen3_moe_mixed"),
   *("deepseek_v1", "deepseek_v1_norm", "deepseek_v2", "deepseek_v3"),
   *("deepseek_v3_halves", "llama4_scout", "llama4_maverick", "gpt_oss_clamp", "granitemoe_tied"),
-  *("phimoe", "dbrx_p2", "glm4_moe_groups"),
+  *("phimoe_longrope", "dbrx_p2", "glm4_moe_groups"),
   *("switch_drop", "switch_untied", "nllb_moe_bpr"),
 )
 

@@ -82,6 +82,11 @@ def family_of(config: ModelConfig) -> Family:
     raise UserError(
       f"segments = {config.segments} has no experts; only models with some can be converted"
     )
+  if config.mtp_depth:
+    raise UserError(
+      f"mtp_depth = {config.mtp_depth} cannot be converted: give a config with mtp_depth = 0, which"
+      " leaves out the layers of multi-token prediction, that only training uses"
+    )
   faults = {}
   for family in FAMILIES:
     faults[family.architecture] = found = list(_differences(family, config))
