@@ -7,6 +7,7 @@ import math
 from moe_jax.choices import as_choice, nearest
 from moe_jax.errors import UserError
 from moe_jax.layers.attention_config import AttentionConfig, LatentAttentionConfig
+from moe_jax.layers.mamba_config import MambaConfig
 from moe_jax.layers.mlp import FeedForwardConfig
 from moe_jax.layers.norms import Norm
 from moe_jax.models.depth_config import DepthConfig
@@ -20,11 +21,12 @@ MIXERS = {
   "attention": "attention",
   "global_attention": "global_attention",
   "latent_attention": "latent_attention",
+  "mamba": "mamba",
 }
 FEED_FORWARDS = {"dense": "mlp", "moe": "moe"}
 DEPTH = "depth"
 
-MixerConfig = AttentionConfig | LatentAttentionConfig
+MixerConfig = AttentionConfig | LatentAttentionConfig | MambaConfig
 
 
 class Remat(enum.StrEnum):
@@ -74,6 +76,7 @@ class ModelConfig:
     global_attention: the mixer "global_attention", the second kind of models that interleave two:
       layers without a window among layers with one.
     latent_attention: the mixer "latent_attention".
+    mamba: the mixer "mamba", a selective state space.
     norm: of the residual stream, before every mixer and feed-forward and before the head.
     norm_epsilon: of those norms.
     tie_embeddings: the head is the transposed embedding.
@@ -103,6 +106,7 @@ class ModelConfig:
   depth: DepthConfig | None = None
   global_attention: AttentionConfig | None = None
   latent_attention: LatentAttentionConfig | None = None
+  mamba: MambaConfig | None = None
   norm: Norm = Norm.RMSNORM
   norm_epsilon: float = 1e-6
   tie_embeddings: bool = False
@@ -166,6 +170,11 @@ class ModelConfig:
       raise UserError(
         f"segments = {self.segments} and depth = {self.depth} contradict each other: blocks such"
         " as 'attention:dense:depth' need a depth section, and a depth section such blocks"
+      )
+    if any(block[0] == "mamba" and DEPTH in block for block in blocks):
+      raise UserError(
+        f"segments = {self.segments} has a mamba block that only some tokens take, which is not"
+        " supported: use for example 'attention:dense:depth', or 'mamba:dense' for all tokens"
       )
 
   def _check_experts(self) -> None:

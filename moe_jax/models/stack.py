@@ -5,11 +5,10 @@ from typing import Any
 import jax
 from flax import nnx
 
-from moe_jax.layers.attention_context import AttentionContext
 from moe_jax.models.block import Block
 from moe_jax.models.config import ModelConfig, Remat, Segment
 from moe_jax.models.depths import DepthAux, DepthBlock, DepthCache
-from moe_jax.models.mixers import Cache
+from moe_jax.models.mixers import Cache, Context
 from moe_jax.moe.layer import NO_INPUTS, MoEAux, RouterInputs, TokenInfo
 
 # One cache a block of the pattern, each stacked over the repeats; None without a cache.
@@ -50,7 +49,7 @@ class ScannedSegment(nnx.Module):
   def __call__(
     self,
     x: jax.Array,
-    contexts: dict[str, AttentionContext],
+    contexts: dict[str, Context],
     tokens: TokenInfo,
     cache: SegmentCache,
     *,
