@@ -51,6 +51,11 @@ _ACTIVATIONS = {
 }
 
 
+def activation_function(activation: Activation) -> Callable[[jax.Array], jax.Array]:
+  """Returns the nonlinearity of that name, applied element by element."""
+  return _ACTIVATIONS[activation]
+
+
 @dataclasses.dataclass(frozen=True)
 class FeedForwardConfig:
   """A feed-forward network D -> F -> D.
@@ -125,7 +130,7 @@ def feed_forward(
     last_product: multiplies rows by `down`, and adds the bias.
   """
   w = {name: value.astype(x.dtype) for name, value in weights.items()}
-  act = _ACTIVATIONS[config.activation]
+  act = activation_function(config.activation)
   up = product(x, w["up"], w.get("up_bias"))
   if config.gated:
     gate = product(x, w["gate"], w.get("gate_bias"))

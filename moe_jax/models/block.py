@@ -12,7 +12,7 @@ from moe_jax.layers.dropout import dropout, split_key
 from moe_jax.layers.mlp import FeedForward
 from moe_jax.layers.norms import make_norm
 from moe_jax.models.config import ModelConfig, NormPlacement
-from moe_jax.models.mixers import Cache, make_mixer
+from moe_jax.models.mixers import Cache, Context, make_mixer
 from moe_jax.moe.layer import NO_INPUTS, MoEAux, MoELayer, RouterInputs, TokenInfo
 
 
@@ -78,7 +78,7 @@ class Block(nnx.Module):
   def __call__(
     self,
     x: jax.Array,
-    context: AttentionContext,
+    context: Context,
     tokens: TokenInfo,
     cache: Cache | CrossCache | None,
     *,

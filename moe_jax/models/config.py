@@ -7,6 +7,7 @@ import math
 from moe_jax.choices import as_choice, nearest
 from moe_jax.errors import UserError
 from moe_jax.layers.attention_config import AttentionConfig, LatentAttentionConfig
+from moe_jax.layers.mamba_config import MambaConfig
 from moe_jax.layers.mlp import FeedForwardConfig
 from moe_jax.layers.norms import Norm
 from moe_jax.models.depth_config import DepthConfig
@@ -21,11 +22,12 @@ MIXERS = {
   "attention": "attention",
   "global_attention": "global_attention",
   "latent_attention": "latent_attention",
+  "mamba": "mamba",
 }
 FEED_FORWARDS = {"dense": "mlp", "moe": "moe"}
 DEPTH = "depth"
 
-MixerConfig = AttentionConfig | LatentAttentionConfig
+MixerConfig = AttentionConfig | LatentAttentionConfig | MambaConfig
 
 
 class Remat(enum.StrEnum):
@@ -89,6 +91,7 @@ class ModelConfig:
     global_attention: the mixer "global_attention", the second kind of models that interleave two:
       layers without a window among layers with one.
     latent_attention: the mixer "latent_attention".
+    mamba: the mixer "mamba", a selective state space.
     encoder: another stack, of its own parameters but for the embedding, whose output all blocks of
       the decoder look at.
     cross_attention: how they do, between mixer and feed-forward.
@@ -123,6 +126,7 @@ class ModelConfig:
   depth: DepthConfig | None = None
   global_attention: AttentionConfig | None = None
   latent_attention: LatentAttentionConfig | None = None
+  mamba: MambaConfig | None = None
   encoder: EncoderConfig | None = None
   cross_attention: AttentionConfig | None = None
   position_embedding: PositionEmbedding = PositionEmbedding.NONE
@@ -205,6 +209,11 @@ class ModelConfig:
       raise UserError(
         f"segments = {self.segments} and depth = {self.depth} contradict each other: blocks such"
         " as 'attention:dense:depth' need a depth section, and a depth section such blocks"
+      )
+    if any(block[0] == "mamba" and DEPTH in block for block in blocks):
+      raise UserError(
+        f"segments = {self.segments} has a mamba block that only some tokens take, which is not"
+        " supported: use for example 'attention:dense:depth', or 'mamba:dense' for all tokens"
       )
 
   def _check_stream(self) -> None:
@@ -321,6 +330,7 @@ class ModelConfig:
       cross_attention=None,
       global_attention=None,
       latent_attention=None,
+      mamba=None,
     )
 
   def moe_layers(self, *, train: bool = False) -> list[int]:

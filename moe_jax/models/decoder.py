@@ -8,12 +8,13 @@ from flax import nnx
 
 from moe_jax.errors import UserError
 from moe_jax.layers.attention import cross_context
-from moe_jax.layers.attention_context import AttentionContext, Places
+from moe_jax.layers.attention_context import Places
 from moe_jax.layers.dropout import dropout, split_key
 from moe_jax.layers.parameters import like, parameter, with_axes
 from moe_jax.models.config import ModelConfig
 from moe_jax.models.embedding import embed_tokens, make_embedding
 from moe_jax.models.encoder import Encoded
+from moe_jax.models.mixers import Context
 from moe_jax.models.model_aux import ModelAux, make_aux
 from moe_jax.models.multi_token import MultiTokenModule, look_ahead
 from moe_jax.models.stack import CROSS, Record, SegmentCache, Stack
@@ -204,7 +205,7 @@ class Decoder(Stack):
       caches = self.with_encoded(caches, encoded.hidden, context)
     return DecoderCache(caches, jnp.zeros((batch_size, num_slots), bool), jnp.int32(0), mask)
 
-  def _contexts(self, places: Places, encoded: Encoded | None) -> dict[str, AttentionContext]:
+  def _contexts(self, places: Places, encoded: Encoded | None) -> dict[str, Context]:
     self._check_encoded(encoded)
     contexts = self.contexts(places)
     if encoded is not None:

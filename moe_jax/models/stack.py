@@ -13,7 +13,7 @@ from moe_jax.layers.norms import make_norm
 from moe_jax.models.block import Block, CrossCache
 from moe_jax.models.config import DEPTH, ModelConfig, NormPlacement, Remat, Segment
 from moe_jax.models.depths import DepthAux, DepthBlock, DepthCache
-from moe_jax.models.mixers import Cache, empty_cache, mixer_contexts
+from moe_jax.models.mixers import Cache, Context, empty_cache, mixer_contexts
 from moe_jax.moe.layer import NO_INPUTS, MoEAux, RouterInputs, TokenInfo
 
 # The key of `contexts` under which attention to an encoder's output has its own.
@@ -57,7 +57,7 @@ class ScannedSegment(nnx.Module):
   def __call__(
     self,
     x: jax.Array,
-    contexts: dict[str, AttentionContext],
+    contexts: dict[str, Context],
     tokens: TokenInfo,
     cache: SegmentCache,
     *,
@@ -138,7 +138,7 @@ class Stack(nnx.Module):
       for caches_of_segment, segment in zip(caches, self.segments, strict=True)
     ]
 
-  def contexts(self, places: Places) -> dict[str, AttentionContext]:
+  def contexts(self, places: Places) -> dict[str, Context]:
     """Returns what the layers of a call share, by the word of their mixer."""
     contexts = mixer_contexts(self.config, places)
     if hasattr(self, "relative_bias"):
@@ -150,7 +150,7 @@ class Stack(nnx.Module):
   def run(
     self,
     x: jax.Array,
-    contexts: dict[str, AttentionContext],
+    contexts: dict[str, Context],
     tokens: TokenInfo,
     caches: list[SegmentCache] | None,
     *,

@@ -11,6 +11,7 @@ from moe_jax.convert.families.deepseek_v1 import DEEPSEEK_V1
 from moe_jax.convert.families.glm4 import GLM4_MOE
 from moe_jax.convert.families.gpt_oss import GPT_OSS
 from moe_jax.convert.families.granite import GRANITE
+from moe_jax.convert.families.jamba import JAMBA
 from moe_jax.convert.families.llama4 import LLAMA4
 from moe_jax.convert.families.mixtral import MIXTRAL
 from moe_jax.convert.families.nllb import NLLB_MOE
@@ -22,6 +23,7 @@ from moe_jax.convert.family import Family, as_segments
 from moe_jax.convert.hub_config import CONFIG_FILE, HubConfig
 from moe_jax.convert.rules import uncovered
 from moe_jax.errors import UserError
+from moe_jax.layers.mamba_config import MambaConfig
 from moe_jax.layers.mlp import FeedForwardConfig
 from moe_jax.models import ModelConfig
 from moe_jax.moe.config import RoutingConfig
@@ -30,7 +32,7 @@ from moe_jax.moe.options import BiasUpdate, Score, Weighting
 
 FAMILIES = (
   *(MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE, DEEPSEEK_V1, DEEPSEEK_V2, DEEPSEEK_V3, LLAMA4),
-  *(GRANITE, DBRX, GLM4_MOE, GPT_OSS, PHIMOE, SWITCH, NLLB_MOE),
+  *(GRANITE, DBRX, GLM4_MOE, GPT_OSS, PHIMOE, JAMBA, SWITCH, NLLB_MOE),
 )
 
 _MOST_DIFFERENCES = 4
@@ -38,6 +40,7 @@ _MOST_DIFFERENCES = 4
 _TRAINING = {
   ModelConfig: ("dropout", "init_scale", "dtype", "remat", "scan_unroll"),
   FeedForwardConfig: ("dropout",),
+  MambaConfig: ("scan_chunk",),
   MoEConfig: ("expert_dropout", "router_jitter", "router_init", "dispatch", "grouped_kernel"),
   RoutingConfig: (
     *("noise", "noise_std", "bias_rate", "grouping", "group_size", "priority", "drop_order"),
