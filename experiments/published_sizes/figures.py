@@ -119,6 +119,7 @@ FIGURES = (
     "32B",
     "printed total is without embeddings and with multi-token prediction: 351.2B + 4.0B",
   ),
+  Figure("Jamba", "configs/jamba.py:v0_1", "52B", "12B"),
   Figure("Granite 3.0 1B-A400M", "configs/granite_moe.py:1b_a400m", "1.3B", "400M", _ROUND),
   Figure("Granite 3.0 3B-A800M", "configs/granite_moe.py:3b_a800m", "3.3B", "800M", _ROUND),
 )

@@ -19,6 +19,7 @@ COMPONENTS = (
   "embedding",
   "head",
   "attention",
+  "mamba",
   "dense_feed_forward",
   "router",
   "routed_experts",
@@ -153,7 +154,8 @@ def _block(config: ModelConfig, block: tuple[str, ...]):
     share = fractions.Fraction(str(config.depth.capacity))
   for _ in range(2):
     yield "norms", norm_size(config, D), share
-  yield "attention", mixer_size(config, mixer), share
+  component = "mamba" if mixer == "mamba" else "attention"
+  yield component, mixer_size(config, mixer), share
   if feed_forward == "dense":
     yield "dense_feed_forward", feed_forward_size(D, config.mlp), share
     return
