@@ -160,6 +160,7 @@ FIGURES = (
     "3.3B",
     "printed active figure unexplained: 3.75B with, 3.23B without the embedding",
   ),
+  Figure("Jamba", "configs/jamba.py:v0_1", "52B", "12B"),
   Figure("Granite 3.0 1B-A400M", "configs/granite_moe.py:1b_a400m", "1.3B", "400M", _ROUND),
   Figure("Granite 3.0 3B-A800M", "configs/granite_moe.py:3b_a800m", "3.3B", "800M", _ROUND),
 )

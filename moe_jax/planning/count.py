@@ -21,6 +21,7 @@ COMPONENTS = (
   "embedding",
   "head",
   "attention",
+  "mamba",
   "cross_attention",
   "dense_feed_forward",
   "router",
@@ -174,7 +175,8 @@ def _block(config: ModelConfig, block: tuple[str, ...]):
     share = fractions.Fraction(str(config.depth.capacity))
   for _ in range(2):
     yield "norms", norm_size(config, D), share
-  yield "attention", mixer_size(config, mixer), share
+  component = "mamba" if mixer == "mamba" else "attention"
+  yield component, mixer_size(config, mixer), share
   if config.cross_attention is not None:
     yield "cross_attention", attention_size(D, config.cross_attention), share
     yield "norms", norm_size(config, D), share

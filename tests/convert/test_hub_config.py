@@ -25,14 +25,20 @@ YARN = {
 }
 
 
+def as_loaded(hub: HubConfig):
+  family = family_in(hub)
+  config = family.read(hub)
+  return config if family.drops else config.dropless()
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_config_written_and_read_back_is_the_same(name):
   hub = HubConfig(json.loads(FILES[name].read_text()))
-  config = family_in(hub).read(hub).dropless()
+  config = as_loaded(hub)
   family = family_of(config)
   written = json.loads(json.dumps(architecture_settings(family, config)))
   assert family is family_in(hub) is family_in(HubConfig(written))
-  assert family.read(HubConfig(written)).dropless() == config
+  assert as_loaded(HubConfig(written)) == config
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -43,7 +49,9 @@ def test_every_parameter_is_in_one_tensor_of_the_table(name):
   assert uncovered(family.rules, config) == []
   found = links(family.rules, config)
   places = [(part.path, part.index) for link in found for part in link.slices]
-  assert len(places) == len(set(places))
+  # Untied, the library reads two tables and keeps a third, which is here the decoder's again.
+  again = config.encoder is not None and config.encoder.own_embedding
+  assert len(places) == len(set(places)) + again
   shapes = json.loads((FILES[name].parent / "weights.json").read_text())["shapes"]
   assert {link.key: list(link.shape) for link in found} == shapes
 
