@@ -75,7 +75,7 @@ COMMANDS = {
       Flag(
         "checkpoint",
         FlagKind.FOLDER,
-        "Hugging Face checkpoint with its tokenizer.json instead of a run",
+        "Hugging Face checkpoint with its tokenizer instead of a run",
         None,
       ),
       Flag("dtype", FlagKind.TEXT, "float32 or bfloat16, with --checkpoint", "float32"),

@@ -183,10 +183,21 @@ def read_hub_config(folder: Path) -> HubConfig:
     raise UserError(f"{folder} is not a folder; expected one that holds {CONFIG_FILE}")
   if not path.is_file():
     raise UserError(f"{folder} has no {CONFIG_FILE}; expected a folder that a model was saved to")
+  return HubConfig(read_object(path))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+  """Returns the settings of a JSON file, none if there is no such file.
+
+  Raises:
+    UserError: the file is no JSON object.
+  """
+  if not path.is_file():
+    return {}
   try:
     values = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise UserError(f"{path} is not valid JSON ({error}); save or download it again") from None
   if not isinstance(values, dict):
-    raise UserError(f"{path} holds {type(values).__name__}; expected the settings of a model")
-  return HubConfig(values)
+    raise UserError(f"{path} holds {type(values).__name__}; expected a JSON object of settings")
+  return values
