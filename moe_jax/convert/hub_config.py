@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.choices import did_you_mean
+from moe_jax.convert.hub_types import check_setting
 from moe_jax.errors import UserError
 from moe_jax.layers.mlp import Activation
 from moe_jax.layers.rope_scaling import RopeScaling, RopeScalingKind
@@ -70,14 +71,34 @@ class HubConfig:
     """Returns a setting under this name or one of its aliases.
 
     Raises:
-      UserError: it is absent and there is no default.
+      UserError: it is of another type than such settings are, or absent without a default.
     """
     for alias in _ALIASES_OF.get(name, (name,)):
       if self.values.get(alias) is not None:
+        check_setting(alias, self.values[alias], CONFIG_FILE)
         return self.values[alias]
     if default is _NEEDED:
       raise UserError(f"{CONFIG_FILE} has no {name!r}; {did_you_mean(name, self.values)}")
     return default
+
+  def each_layer(self, name: str, default: list[Any], kinds: tuple[Any, ...] = ()) -> list[Any]:
+    """Returns a list that has one entry a layer, `default` if it is absent or empty.
+
+    Raises:
+      UserError: it has another length than `default`, or an entry that is not one of `kinds`.
+    """
+    given = self.get(name, []) or default
+    for each in given:
+      if kinds and each not in kinds:
+        raise UserError(
+          f"{CONFIG_FILE} has {each!r} among {name}, which is not supported;"
+          f" {did_you_mean(str(each), map(str, kinds))}"
+        )
+    if len(given) != len(default):
+      raise UserError(
+        f"{CONFIG_FILE} has {len(given)} {name}, expected num_hidden_layers = {len(default)}"
+      )
+    return given
 
   def section(self, name: str) -> "HubConfig":
     """Returns the settings of a nested section, empty if it is absent."""
@@ -98,11 +119,11 @@ class HubConfig:
 
   def activation(self, name: str = "hidden_act") -> Activation:
     """Returns the nonlinearity, silu if it is absent."""
-    given = self.get(name, "silu")
+    given = str(self.get(name, "silu"))
     if given not in _ACTIVATIONS:
       raise UserError(
         f"{CONFIG_FILE} has {name} = {given!r}, which is not supported;"
-        f" {did_you_mean(str(given), _ACTIVATIONS)}"
+        f" {did_you_mean(given, _ACTIVATIONS)}"
       )
     return _ACTIVATIONS[given]
 
@@ -117,10 +138,11 @@ class HubConfig:
     Raises:
       UserError: a kind of scaling that is not one of `RopeScalingKind`.
     """
-    given = {**(self.get("rope_scaling", None) or {}), **self.get("rope_parameters", {})}
-    theta = given.get("rope_theta") or self.get("rope_theta", default_theta)
-    partial = given.get("partial_rotary_factor") or self.get("partial_rotary_factor", default_part)
-    kind = given.get("rope_type") or given.get("type") or "default"
+    given = HubConfig({**self.get("rope_scaling", {}), **self.get("rope_parameters", {})})
+    theta = given.get("rope_theta", self.get("rope_theta", default_theta))
+    partial = self.get("partial_rotary_factor", default_part)
+    partial = given.get("partial_rotary_factor", partial)
+    kind = given.get("rope_type", given.get("type", "default"))
     if kind == "default":
       return float(theta), None, float(partial)
     if kind not in list(RopeScalingKind):
@@ -130,8 +152,8 @@ class HubConfig:
       )
     return float(theta), self._scaling(RopeScalingKind(kind), given), float(partial)
 
-  def _scaling(self, kind: RopeScalingKind, given: Mapping[str, Any]) -> RopeScaling:
-    fields = {name: given.get(_SCALING_KEYS[name]) for name in _FIELDS_OF[kind]}
+  def _scaling(self, kind: RopeScalingKind, given: "HubConfig") -> RopeScaling:
+    fields = {name: given.get(_SCALING_KEYS[name], None) for name in _FIELDS_OF[kind]}
     if "original_max_position" in fields and not fields["original_max_position"]:
       fields["original_max_position"] = self.get("max_position_embeddings")
     if not fields["factor"]:

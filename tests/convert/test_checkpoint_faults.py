@@ -81,6 +81,13 @@ def test_missing_setting_is_named(checkpoint):
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic'"),
     ({"quantization_config": {"quant_method": "fp8"}}, "quantised ('fp8')"),
     ({"num_experts_per_tok": 3}, "top_k = 3"),
+    ({"hidden_size": "8"}, 'hidden_size = "8"; expected an integer from 1'),
+    ({"num_attention_heads": 0}, "num_attention_heads = 0; expected an integer from 1"),
+    ({"num_hidden_layers": 10**30}, "expected an integer from 1 to 2147483647"),
+    ({"rope_theta": float("nan")}, "rope_theta = NaN; expected a finite number"),
+    ({"rope_scaling": "yarn"}, 'rope_scaling = "yarn"; expected an object'),
+    ({"tie_word_embeddings": "no"}, 'tie_word_embeddings = "no"; expected true or false'),
+    ({"architectures": 3}, "architectures = 3; expected a list of strings"),
   ],
 )
 def test_settings_that_are_not_supported_are_refused(checkpoint, changes, words):

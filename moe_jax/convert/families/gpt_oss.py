@@ -28,9 +28,9 @@ _WORDS = {"sliding_attention": "attention", "full_attention": "global_attention"
 
 def _words(hub: HubConfig) -> list[str]:
   """Returns the mixer of every layer: with a window and without one in turn."""
-  turns = ["sliding_attention", "full_attention"] * hub.get("num_hidden_layers")
-  kinds = hub.get("layer_types", turns[: hub.get("num_hidden_layers")])
-  return [_WORDS[kind] for kind in kinds]
+  layers = hub.get("num_hidden_layers")
+  turns = (list(_WORDS) * layers)[:layers]
+  return [_WORDS[kind] for kind in hub.each_layer("layer_types", turns, tuple(_WORDS))]
 
 
 def _read(hub: HubConfig) -> ModelConfig:

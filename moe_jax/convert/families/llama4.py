@@ -36,7 +36,7 @@ def _rotated(hub: HubConfig) -> list[bool]:
   """Tells of every layer whether it has rotary positions, which go with chunks."""
   layers, interval = hub.get("num_hidden_layers"), hub.get("no_rope_layer_interval", 4)
   every = [(layer + 1) % interval != 0 for layer in range(layers)]
-  rotated = [bool(each) for each in hub.get("no_rope_layers", []) or every]
+  rotated = [bool(each) for each in hub.each_layer("no_rope_layers", every)]
   kinds = [_CHUNKED if each else _FULL for each in rotated]
   if hub.get("layer_types", kinds) != kinds:
     raise UserError(

@@ -52,7 +52,7 @@ def _layer_types(hub: HubConfig) -> list[str]:
     return [_FULL] * layers
   first = hub.get("max_window_layers", 28)
   default = [_SLIDING if i % 2 == 0 and i < first else _FULL for i in range(layers)]
-  return hub.get("layer_types", default)
+  return hub.each_layer("layer_types", default, (_FULL, _SLIDING))
 
 
 def _attentions(kinds: list[str], whole: AttentionConfig, window: int) -> dict[str, Any]:
