@@ -135,8 +135,9 @@ def test_new_bytes_that_spoil_the_prompts_do_not_repeat_it(folder):
   "flags, message",
   [
     ([], "neither was given"),
-    (["--workdir=a", "--checkpoint=b"], "both was given"),
+    (["--workdir=a", "--checkpoint=b"], "both were given"),
     (["--checkpoint=b", "--top_k=0"], "top_k = 0"),
+    (["--workdir=b", "--dtype=bfloat16"], "--dtype=bfloat16 goes with --checkpoint"),
     (["--workdir=b", "--top_p=2"], "top_p = 2.0"),
   ],
 )
