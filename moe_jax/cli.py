@@ -10,6 +10,7 @@ import errno
 import io
 import os
 import pkgutil
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -20,6 +21,8 @@ from moe_jax.config.command_line import REQUIRED, Flag, FlagKind, parse_command_
 from moe_jax.errors import UserError
 
 _PROGRAM = "moe-jax"
+# As of a program that the signal of a closed pipe ends.
+_CLOSED = 128 + signal.SIGPIPE
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -140,19 +143,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv: the words after the program's name; those of this process when None.
 
   Returns:
-    0 on success, 2 after a fault of the user's, 130 after an interrupt.
+    0 on success, 2 after a fault of the user's, 130 after an interrupt, 141 when the reader of the
+    output has closed it.
   """
   # A terminal that cannot show a character must not end a run that has been trained.
   if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors="replace")
   try:
-    return _run(list(sys.argv[1:] if argv is None else argv))
+    status = _run(list(sys.argv[1:] if argv is None else argv))
+    sys.stdout.flush()
+    return status
   except UserError as error:
     return _refuse(str(error))
   except BrokenPipeError:
-    # The reader, as `head`, has what it wanted. Python writes what is left once more at its end.
+    # The reader, as `head`, has what it wanted; Python would try what is left again at its end.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return _CLOSED
   except OSError as error:
     if error.filename is None and error.errno not in _FULL:
       raise
