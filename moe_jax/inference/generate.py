@@ -4,9 +4,11 @@ import dataclasses
 import functools
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from moe_jax.errors import UserError
@@ -61,8 +63,10 @@ def generate(
     UserError: an empty prompt, a row without a real token, an id outside the vocabulary, or
       arguments out of range.
   """
-  tokens = jnp.asarray(tokens)
-  token_mask = jnp.ones(tokens.shape, bool) if token_mask is None else jnp.asarray(token_mask)
+  tokens = _rows("tokens", tokens)
+  token_mask = (
+    np.ones(tokens.shape, bool) if token_mask is None else _rows("token_mask", token_mask)
+  )
   _check_prompts(tokens, token_mask, model.config.vocab_size)
   check_sampling(max_new_tokens, temperature, top_k, top_p)
   stop_ids = _stop_ids(stop_token, model.config.vocab_size)
@@ -70,7 +74,7 @@ def generate(
     raise UserError(
       f"temperature = {temperature} samples: key = None was given, a jax.random.key is needed"
     )
-  tokens = tokens.astype(jnp.int32)
+  tokens, token_mask = jnp.asarray(tokens, jnp.int32), jnp.asarray(token_mask)
   if max_new_tokens == 0:
     return tokens
   key = jax.random.key(0) if key is None else key
@@ -152,11 +156,22 @@ def _last_real(logits_BLV: jax.Array, token_mask: jax.Array) -> jax.Array:
   return jnp.take_along_axis(logits_BLV, last_B[:, None, None], axis=1)[:, 0]
 
 
+def _rows(name: str, given: Any) -> np.ndarray | jax.Array:
+  """Returns an array in the precision given: as int32, large ids would pass for small ones."""
+  try:
+    return given if isinstance(given, jax.Array) else np.asarray(given)
+  except ValueError as error:
+    raise UserError(
+      f"{name} cannot be made an array ({error}); expected rows of one length, padded ones with"
+      " a token_mask"
+    ) from None
+
+
 def _check_prompts(tokens, token_mask, vocab_size: int) -> None:
-  if tokens.ndim != 2 or tokens.shape[1] == 0 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+  if tokens.ndim != 2 or tokens.size == 0 or not jnp.issubdtype(tokens.dtype, jnp.integer):
     raise UserError(
       f"tokens have shape {tokens.shape} and dtype {tokens.dtype}; expected (batch,"
-      " length) integers with at least one token a prompt"
+      " length) integers with at least one prompt, and one token a prompt"
     )
   if token_mask.shape != tokens.shape or token_mask.dtype != bool:
     raise UserError(

@@ -129,7 +129,7 @@ def test_defaults_and_types_of_plain_flags():
     "workdir": "a",
     "prompt": "--- it was",
     "checkpoint": None,
-    "dtype": "float32",
+    "dtype": None,
     "max_new_tokens": 200,
     "temperature": 0.8,
     "top_k": None,
