@@ -26,8 +26,8 @@ _REQUIREMENTS = [
   "tensorflow-datasets>=4.9.10",
 ]
 
-# Reads the tokenizer.json of a Hugging Face checkpoint.
-_TOKENIZERS = "tokenizers>=0.22"
+# Read the tokenizer.json or the tokenizer.model of a Hugging Face checkpoint.
+_TOKENIZERS = ["tokenizers>=0.22", "sentencepiece>=0.2.1"]
 
 _EXTRAS = {
   # cuda13 needs an NVIDIA driver of series 580 or later; cuda12 runs on older ones.
@@ -35,8 +35,8 @@ _EXTRAS = {
   "gpu-cuda12": [f"jax[cuda12]{_JAX}"],
   "tpu": [f"jax[tpu]{_JAX}", "gcsfs"],
   "tensorboard": ["tensorboardX>=2.6.5"],
-  "hf": [_TOKENIZERS],
-  "dev": ["pytest>=9.0", "pytest-xdist>=3.8", "ruff>=0.17", "tensorboardX>=2.6.5", _TOKENIZERS],
+  "hf": _TOKENIZERS,
+  "dev": ["pytest>=9.0", "pytest-xdist>=3.8", "ruff>=0.17", "tensorboardX>=2.6.5", *_TOKENIZERS],
 }
 
 setup(

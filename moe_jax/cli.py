@@ -6,8 +6,11 @@ operating system refuses to read or write; any other exception is a bug and keep
 """
 
 import dataclasses
+import errno
 import io
+import os
 import pkgutil
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -18,6 +21,9 @@ from moe_jax.config.command_line import REQUIRED, Flag, FlagKind, parse_command_
 from moe_jax.errors import UserError
 
 _PROGRAM = "moe-jax"
+# As of a program that the signal of a closed pipe ends.
+_CLOSED = 128 + signal.SIGPIPE
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +81,10 @@ COMMANDS = {
       Flag(
         "checkpoint",
         FlagKind.FOLDER,
-        "Hugging Face checkpoint with its tokenizer.json instead of a run",
+        "Hugging Face checkpoint with its tokenizer instead of a run",
         None,
       ),
-      Flag("dtype", FlagKind.TEXT, "float32 or bfloat16, with --checkpoint", "float32"),
+      Flag("dtype", FlagKind.TEXT, "float32 (default) or bfloat16, with --checkpoint", None),
       Flag("max_new_tokens", FlagKind.INTEGER, "most tokens to add", 200),
       Flag("temperature", FlagKind.NUMBER, "0 takes the likeliest token each time", 0.8),
       Flag("top_k", FlagKind.INTEGER, "sample from so many likeliest tokens", None),
@@ -94,7 +100,7 @@ COMMANDS = {
       Flag("workdir", FlagKind.FOLDER, "folder of a run made by moe-jax train", None),
       _STEP,
       Flag("checkpoint", FlagKind.FOLDER, "Hugging Face checkpoint to read instead of a run", None),
-      Flag("dtype", FlagKind.TEXT, "float32 or bfloat16, with --checkpoint", "float32"),
+      Flag("dtype", FlagKind.TEXT, "float32 (default) or bfloat16, with --checkpoint", None),
     ),
   ),
   "report": Command(
@@ -137,17 +143,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv: the words after the program's name; those of this process when None.
 
   Returns:
-    0 on success, 2 after a fault of the user's, 130 after an interrupt.
+    0 on success, 2 after a fault of the user's, 130 after an interrupt, 141 when the reader of the
+    output has closed it.
   """
   # A terminal that cannot show a character must not end a run that has been trained.
   if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors="replace")
   try:
-    return _run(list(sys.argv[1:] if argv is None else argv))
+    status = _run(list(sys.argv[1:] if argv is None else argv))
+    sys.stdout.flush()
+    return status
   except UserError as error:
     return _refuse(str(error))
+  except BrokenPipeError:
+    # The reader, as `head`, has what it wanted; Python would try what is left again at its end.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return _CLOSED
   except OSError as error:
-    if error.filename is None:
+    if error.filename is None and error.errno not in _FULL:
       raise
     return _refuse(_os_fault(error))
   except KeyboardInterrupt:
@@ -163,6 +176,8 @@ def _refuse(sentence: str) -> int:
 
 def _os_fault(error: OSError) -> str:
   """Says which file the operating system refused, and why."""
+  if error.filename is None:
+    return f"the output cannot be written ({error.strerror}); make room for it"
   # The second file of a rename is the one that was to be written.
   path = error.filename if error.filename2 is None else error.filename2
   return (

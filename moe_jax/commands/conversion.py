@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import jax
 from flax import nnx
 
+from moe_jax.commands.source import check_source
 from moe_jax.convert import load_pretrained, save_pretrained
 from moe_jax.convert.families import family_of
-from moe_jax.errors import UserError
+from moe_jax.convert.saving import check_free
 from moe_jax.models import Model, ModelConfig
 from moe_jax.training.saved_run import load_run
 from moe_jax.training.state import model_graph
@@ -19,16 +20,16 @@ def convert(args: SimpleNamespace) -> None:
   """Writes the model of a run, or of a checkpoint, as a checkpoint of the hub.
 
   Raises:
-    UserError: not exactly one of --workdir and --checkpoint, or a model that cannot be read or
-      written.
+    UserError: not exactly one of --workdir and --checkpoint, a flag of the other one, or a model
+      that cannot be read or written.
   """
-  if (args.workdir is None) == (args.checkpoint is None):
-    given = "both" if args.workdir is not None else "neither"
-    raise UserError(f"moe-jax convert takes --workdir=DIR or --checkpoint=DIR; {given} was given")
+  check_source("convert", args, of_run=("step",), of_checkpoint=("dtype",))
+  # Large models take minutes to read.
+  check_free(Path(args.out))
   if args.workdir is not None:
     model, config = _trained(Path(args.workdir), args.step)
   else:
-    model, config = load_pretrained(args.checkpoint, dtype=args.dtype)
+    model, config = load_pretrained(args.checkpoint, dtype=args.dtype or "float32")
   save_pretrained(model, config, args.out, like=args.checkpoint)
   size = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
   print(f"{family_of(config).architecture}, {size:,} numbers, in {args.out}")

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 from flax import nnx
 
+from moe_jax.commands.source import check_source
 from moe_jax.convert import load_pretrained
 from moe_jax.convert.hub_tokenizer import HubTokenizer
 from moe_jax.data.tokenizers import get_tokenizer
-from moe_jax.errors import UserError
 from moe_jax.inference.sampling import check_sampling
 from moe_jax.inference.text import continue_text, continue_tokens
 from moe_jax.training.saved_run import load_run
@@ -22,11 +22,10 @@ def generate(args: SimpleNamespace) -> None:
   """Continues a prompt with the latest checkpoint of a run, or with one of the hub, dropless.
 
   Raises:
-    UserError: not exactly one of --workdir and --checkpoint, or one that cannot be read.
+    UserError: not exactly one of --workdir and --checkpoint, a flag of the other one, or one that
+      cannot be read.
   """
-  if (args.workdir is None) == (args.checkpoint is None):
-    given = "both" if args.workdir is not None else "neither"
-    raise UserError(f"moe-jax generate takes --workdir=DIR or --checkpoint=DIR; {given} was given")
+  check_source("generate", args, of_checkpoint=("dtype",))
   # Large models take minutes to read.
   check_sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p)
   sampling = dict(
@@ -54,6 +53,6 @@ def _continue_run(args: SimpleNamespace, sampling: dict[str, Any]) -> str:
 def _continue_checkpoint(args: SimpleNamespace, sampling: dict[str, Any]) -> str:
   tokenizer = HubTokenizer(args.checkpoint)
   prompt = tokenizer.encode(args.prompt)
-  model, _ = load_pretrained(args.checkpoint, dtype=args.dtype)
+  model, _ = load_pretrained(args.checkpoint, dtype=args.dtype or "float32")
   new = continue_tokens(model, prompt, args.max_new_tokens, tokenizer.stop_ids, **sampling)
   return tokenizer.decode_after(prompt, new)

@@ -68,8 +68,8 @@ def _table(*columns: str) -> Table:
 
 
 def _parts(plan: Plan) -> Table:
-  """Returns parameters and forward FLOPs by component."""
-  table = _table("parameters", "total", "active", "forward FLOPs a token")
+  """Returns parameters and FLOPs of the forward pass by component."""
+  table = _table("parameters", "total", "active", "FLOPs a token")
   flops = dict(plan.flops_per_token_forward_by_component)
   for name, part in plan.components.items():
     total, active = part["total_parameters"], part["active_parameters"]
@@ -84,12 +84,12 @@ def _parts(plan: Plan) -> Table:
     _compact(plan.flops_per_token_forward),
   )
   without = plan.active_parameters_without_input_embedding
-  table.add_row("without the input embedding", "", f"{without:,}", "")
+  table.add_row("without input embedding", "", f"{without:,}", "")
   if plan.multi_token_prediction_parameters:
     further = plan.multi_token_prediction_parameters
-    table.add_row("multi-token prediction, apart", f"{further:,}", "", "")
+    table.add_row("apart: multi-token part", f"{further:,}", "", "")
   if plan.selection_biases:
-    table.add_row("selection biases, apart", f"{plan.selection_biases:,}", "", "")
+    table.add_row("apart: selection biases", f"{plan.selection_biases:,}", "", "")
   return table
 
 
@@ -107,18 +107,19 @@ def _costs(plan: Plan) -> Table:
   ]
   further = plan.multi_token_prediction_flops_per_token_training
   if further:
-    rows.insert(2, ("multi-token prediction's", _compact(further), "in training, on top"))
+    rows.insert(2, ("multi-token FLOPs", _compact(further), "in training, on top"))
+  if plan.encoded_cache_bytes_per_token:
+    read = f"{plan.encoded_cache_bytes_per_token:,}"
+    rows.insert(-3, ("cache bytes a token read", read, "of the encoder's output"))
   if plan.cache_bytes_per_sequence:
     kept = f"{plan.cache_bytes_per_sequence:,}"
     rows.insert(-3, ("cache bytes a sequence", kept, "states, whatever its length"))
   if plan.dispatch_form is not None:
-    form = f"dispatch = {plan.dispatch_form}, {B} sequences a call"
+    form = f"dispatch = {plan.dispatch_form}, batch of {B}"
     before = [row[0] for row in rows].index("cache bytes a token")
     extra = plan.dispatch_flops_per_token_forward + plan.empty_slot_flops_per_token_forward
     rows.insert(before, ("rows experts compute a token", f"{plan.slots_per_token:.4g}", form))
-    rows.insert(
-      before + 1, ("forward FLOPs beyond the model's", _compact(extra), "moves and empty slots")
-    )
+    rows.insert(before + 1, ("FLOPs of moves, empty slots", _compact(extra), "forward, on top"))
   for row in rows:
     table.add_row(*row)
   table.columns[2].justify = "left"
@@ -134,4 +135,4 @@ def _compact(value: float) -> str:
   power = 0
   while abs(value) >= 999.95 and power < len(_UNITS) - 1:
     value, power = value / 1000, power + 1
-  return f"{value:.4g} {_UNITS[power]}".strip()
+  return f"{value:#.4g} {_UNITS[power]}" if power else f"{value:.4g}"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.choices import did_you_mean
+from moe_jax.convert.hub_types import check_setting
 from moe_jax.errors import UserError
 from moe_jax.layers.mlp import Activation
 from moe_jax.layers.rope_scaling import RopeScaling, RopeScalingKind
@@ -90,10 +91,11 @@ class HubConfig:
     """Returns a setting under this name or one of its aliases.
 
     Raises:
-      UserError: it is absent and there is no default.
+      UserError: it is of another type than such settings are, or absent without a default.
     """
     for alias in _ALIASES_OF.get(name, (name,)):
       if self.values.get(alias) is not None:
+        check_setting(alias, self.values[alias], CONFIG_FILE)
         return self.values[alias]
     if default is _NEEDED and name in self.values:
       raise UserError(f"{CONFIG_FILE} has {name} = null; expected a value")
@@ -109,6 +111,25 @@ class HubConfig:
       if not any(alias in self.values for alias in _ALIASES_OF.get(name, (name,)))
     }
     return HubConfig({**self.values, **absent})
+
+  def each_layer(self, name: str, default: list[Any], kinds: tuple[Any, ...] = ()) -> list[Any]:
+    """Returns a list that has one entry a layer, `default` if it is absent or empty.
+
+    Raises:
+      UserError: it has another length than `default`, or an entry that is not one of `kinds`.
+    """
+    given = self.get(name, []) or default
+    for each in given:
+      if kinds and each not in kinds:
+        raise UserError(
+          f"{CONFIG_FILE} has {each!r} among {name}, which is not supported;"
+          f" {did_you_mean(str(each), map(str, kinds))}"
+        )
+    if len(given) != len(default):
+      raise UserError(
+        f"{CONFIG_FILE} has {len(given)} {name}, expected num_hidden_layers = {len(default)}"
+      )
+    return given
 
   def section(self, name: str) -> "HubConfig":
     """Returns the settings of a nested section, empty if it is absent."""
@@ -129,31 +150,13 @@ class HubConfig:
 
   def activation(self, name: str = "hidden_act", default: str = "silu") -> Activation:
     """Returns the nonlinearity, that of the name `default` if it is absent."""
-    given = self.get(name, default)
+    given = str(self.get(name, default))
     if given not in _ACTIVATIONS:
       raise UserError(
         f"{CONFIG_FILE} has {name} = {given!r}, which is not supported;"
-        f" {did_you_mean(str(given), _ACTIVATIONS)}"
+        f" {did_you_mean(given, _ACTIVATIONS)}"
       )
     return _ACTIVATIONS[given]
-
-  def layer_types(self, kinds: tuple[str, ...], default: list[str]) -> list[str]:
-    """Returns what every layer attends to.
-
-    Args:
-      kinds: those that the family knows.
-      default: of every layer, where the file has no list.
-
-    Raises:
-      UserError: another kind, or a list of another length.
-    """
-    given = self.get("layer_types", default)
-    if len(given) != len(default) or not set(given) <= set(kinds):
-      raise UserError(
-        f"{CONFIG_FILE} has layer_types = {given}, which is not supported: expected"
-        f" {len(default)} of {', '.join(kinds)}"
-      )
-    return given
 
   def rope(
     self, default_theta: float = 10_000.0, *, partial: bool = False
@@ -172,19 +175,20 @@ class HubConfig:
       UserError: a kind of scaling that is not one of `RopeScalingKind`, one of each layer type, or
         a part of a head.
     """
-    given = self.rope_settings()
+    settings = self.rope_settings()
+    given = HubConfig(settings)
     if not partial and self.rotated_part() != 1.0:
       raise UserError(
         f"{CONFIG_FILE} has partial_rotary_factor = {self.rotated_part()}, which is not supported:"
         " expected 1.0"
       )
-    if nested := [name for name, value in given.items() if isinstance(value, dict)]:
+    if nested := [name for name, value in settings.items() if isinstance(value, dict)]:
       raise UserError(
         f"{CONFIG_FILE} has rope settings for {', '.join(nested)} apart, which is not supported:"
         " expected the same for all layers"
       )
-    theta = given.get("rope_theta") or self.get("rope_theta", default_theta)
-    kind = given.get("rope_type") or given.get("type") or "default"
+    theta = given.get("rope_theta", self.get("rope_theta", default_theta))
+    kind = given.get("rope_type", given.get("type", "default"))
     if kind == "default":
       return float(theta), None
     if kind not in list(RopeScalingKind):
@@ -203,8 +207,8 @@ class HubConfig:
     """Returns the settings of rotary positions that stand together, in either style."""
     return self.get("rope_scaling", None) or self.get("rope_parameters", {})
 
-  def _scaling(self, kind: RopeScalingKind, given: Mapping[str, Any]) -> RopeScaling:
-    fields = {name: given.get(_SCALING_KEYS[name]) for name in _FIELDS_OF[kind]}
+  def _scaling(self, kind: RopeScalingKind, given: "HubConfig") -> RopeScaling:
+    fields = {name: given.get(_SCALING_KEYS[name], None) for name in _FIELDS_OF[kind]}
     if "original_max_position" in fields:
       original = self.get("original_max_position_embeddings", fields["original_max_position"])
       fields["original_max_position"] = original or self.get("max_position_embeddings")
@@ -266,10 +270,21 @@ def read_hub_config(folder: Path) -> HubConfig:
     raise UserError(f"{folder} is not a folder; expected one that holds {CONFIG_FILE}")
   if not path.is_file():
     raise UserError(f"{folder} has no {CONFIG_FILE}; expected a folder that a model was saved to")
+  return HubConfig(read_object(path))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+  """Returns the settings of a JSON file, none if there is no such file.
+
+  Raises:
+    UserError: the file is no JSON object.
+  """
+  if not path.is_file():
+    return {}
   try:
     values = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise UserError(f"{path} is not valid JSON ({error}); save or download it again") from None
   if not isinstance(values, dict):
-    raise UserError(f"{path} holds {type(values).__name__}; expected the settings of a model")
-  return HubConfig(values)
+    raise UserError(f"{path} holds {type(values).__name__}; expected a JSON object of settings")
+  return values

@@ -1,17 +1,26 @@
-"""The tokenizer of a checkpoint of the hub, `tokenizer.json`, read by the `tokenizers` library."""
+"""The tokenizer of a checkpoint of the hub: `tokenizer.json`, or else a SentencePiece model."""
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from moe_jax.convert.hub_config import read_hub_config
+from moe_jax.choices import is_utf8
+from moe_jax.convert.hub_config import CONFIG_FILE, read_hub_config, read_object
+from moe_jax.convert.sentencepiece_tokenizer import SENTENCEPIECE_FILE, SentencePieceTokenizer
 from moe_jax.errors import UserError
 
 TOKENIZER_FILE = "tokenizer.json"
 _GENERATION_FILE = "generation_config.json"
-_SENTENCEPIECE_FILE = "tokenizer.model"
+
+
+class _Tokenizer(Protocol):
+  num_pieces: int
+
+  def encode(self, text: str) -> list[int]: ...
+
+  def decode(self, ids: list[int]) -> str: ...
 
 
 class HubTokenizer:
@@ -26,19 +35,24 @@ class HubTokenizer:
     """Reads a folder.
 
     Raises:
-      UserError: it has no `tokenizer.json` or a damaged one, or `tokenizers` is not installed.
+      UserError: it has neither `tokenizer.json` nor `tokenizer.model`, a damaged one, or one with
+        more ids than its model; or the library that reads it is not installed.
     """
     folder = Path(folder)
     self._tokenizer = _read_tokenizer(folder)
+    _check_vocabulary(folder, self._tokenizer.num_pieces)
     self.stop_ids = _read_stop_ids(folder)
 
   def encode(self, text: str) -> np.ndarray:
     """Returns the ids of a prompt, (L,) int32, begun as the model was trained to see texts begin.
 
     Raises:
-      UserError: no id comes out, as of an empty text where nothing marks the beginning.
+      UserError: no id comes out, as of an empty text where nothing marks the beginning, or the text
+        is one that UTF-8 cannot encode.
     """
-    ids = self._tokenizer.encode(text).ids
+    if not is_utf8(text):
+      raise UserError(f"the prompt {text!r} is not UTF-8 text; expected no lone surrogates")
+    ids = self._tokenizer.encode(text)
     if not ids:
       raise UserError(f"the prompt {text!r} has no token; expected at least one")
     return np.asarray(ids, np.int32)
@@ -52,20 +66,37 @@ class HubTokenizer:
 
     Decoded alone, their first word would lose its space under many tokenizers.
     """
-    before = self.decode(prompt)
-    return self.decode(np.concatenate([prompt, new])).removeprefix(before)
+    before, after = self.decode(prompt), self.decode(np.concatenate([prompt, new]))
+    # Bytes that are no UTF-8 can make the prompt's own bytes before them unreadable.
+    return after.removeprefix(before) if after.startswith(before) else self.decode(new)
 
 
-def _read_tokenizer(folder: Path) -> Any:
-  path = folder / TOKENIZER_FILE
-  if not path.is_file():
-    kind = ""
-    if (folder / _SENTENCEPIECE_FILE).is_file():
-      kind = f", only the SentencePiece file {_SENTENCEPIECE_FILE}, which is not supported"
-    raise UserError(
-      f"{folder} has no {TOKENIZER_FILE}{kind}; expected the one that transformers saves with"
-      " AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
-    )
+class _JsonTokenizer:
+  """What `tokenizer.json` describes."""
+
+  def __init__(self, path: Path):
+    self._tokenizer = _load(path)
+    self.num_pieces = self._tokenizer.get_vocab_size(with_added_tokens=False)
+
+  def encode(self, text: str) -> list[int]:
+    return self._tokenizer.encode(text).ids
+
+  def decode(self, ids: list[int]) -> str:
+    return self._tokenizer.decode(ids)
+
+
+def _read_tokenizer(folder: Path) -> _Tokenizer:
+  if (folder / TOKENIZER_FILE).is_file():
+    return _JsonTokenizer(folder / TOKENIZER_FILE)
+  if (folder / SENTENCEPIECE_FILE).is_file():
+    return SentencePieceTokenizer(folder)
+  raise UserError(
+    f"{folder} has neither {TOKENIZER_FILE} nor {SENTENCEPIECE_FILE}; expected what transformers"
+    " saves with AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
+  )
+
+
+def _load(path: Path) -> Any:
   try:
     from tokenizers import Tokenizer
   except ImportError:
@@ -80,8 +111,19 @@ def _read_tokenizer(folder: Path) -> Any:
     raise UserError(f"{path} cannot be read ({error}); save or download it again") from None
 
 
+def _check_vocabulary(folder: Path, num_pieces: int) -> None:
+  hub = read_hub_config(folder)
+  size = hub.get("vocab_size", hub.section("text_config").get("vocab_size", None))
+  # What is no number is refused with the model's other settings.
+  if type(size) is int and num_pieces > size:
+    raise UserError(
+      f"the tokenizer of {folder} has {num_pieces} ids and {CONFIG_FILE} vocab_size = {size};"
+      " expected the tokenizer of this model"
+    )
+
+
 def _read_stop_ids(folder: Path) -> tuple[int, ...]:
-  given = _read_generation(folder / _GENERATION_FILE).get("eos_token_id")
+  given = read_object(folder / _GENERATION_FILE).get("eos_token_id")
   if given is None:
     given = read_hub_config(folder).get("eos_token_id", [])
   ids = given if isinstance(given, list) else [given]
@@ -90,15 +132,3 @@ def _read_stop_ids(folder: Path) -> tuple[int, ...]:
       f"{folder} has eos_token_id = {json.dumps(given)}; expected an id or a list of ids"
     )
   return tuple(ids)
-
-
-def _read_generation(path: Path) -> dict[str, Any]:
-  if not path.is_file():
-    return {}
-  try:
-    values = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise UserError(f"{path} is not valid JSON ({error}); save or download it again") from None
-  if not isinstance(values, dict):
-    raise UserError(f"{path} holds {type(values).__name__}; expected the settings of generation")
-  return values

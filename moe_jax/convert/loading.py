@@ -97,11 +97,14 @@ def _ignored(family: Family, config: ModelConfig, hub: HubConfig) -> tuple[str, 
 
 
 def _tensor_faults(wanted: list[Link], files: TensorFiles, ignored: tuple[str, ...]) -> list[str]:
-  """Returns what is missing, of another shape, or unknown."""
+  """Returns what is missing, of another shape, or unknown.
+
+  Where a file is missing or damaged, that is the fault, and not each of the tensors it had.
+  """
   faults, found = [], files.shapes
   for link in wanted:
     if link.key not in found:
-      faults.append(f"{link.key} is missing")
+      faults += [f"{link.key} is missing"] * files.complete
     elif found[link.key] != link.shape:
       faults.append(f"{link.key} has the shape {found[link.key]}, expected {link.shape}")
   known = {link.key for link in wanted}

@@ -1,5 +1,6 @@
 """Writing a model as a checkpoint of the hub, and any tree of its shape under the hub's names."""
 
+import contextlib
 import itertools
 import json
 import shutil
@@ -77,10 +78,10 @@ def save_pretrained(
   Raises:
     UserError: no architecture of the hub has such models, leaves that do not fit the config, or a
       folder that holds something.
+    OSError: the folder cannot be written, or the disk is full; nothing is left then.
   """
   folder = Path(path)
-  if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-    raise UserError(f"{folder} exists and is not an empty folder; give another path")
+  check_free(folder)
   family = family_of(config)
   leaves = _leaves(model, config)
   _check_leaves(leaves, parameter_shapes(config))
@@ -88,17 +89,34 @@ def save_pretrained(
   settings["torch_dtype"] = str(_embedding(leaves).dtype)
   if like is not None:
     settings = {**_other_settings(Path(like), settings), **settings}
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-  try:
+  with _draft(folder) as draft:
     _write(draft, links(family.rules, config), leaves, settings, max_file_bytes)
     if like is not None:
       _copy_companions(Path(like), draft)
+
+
+def check_free(folder: Path) -> None:
+  """Raises UserError unless a folder is absent or empty."""
+  if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    raise UserError(f"{folder} exists and is not an empty folder; give another path")
+
+
+@contextlib.contextmanager
+def _draft(folder: Path) -> Iterator[Path]:
+  """Makes a folder beside `folder` that takes its place in the end, or is removed."""
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+  try:
+    yield draft
     draft.chmod(0o755)
     draft.rename(folder)
-  except BaseException:
-    shutil.rmtree(draft, ignore_errors=True)
+  except OSError as error:
+    # A full disk names no file.
+    if error.filename is None:
+      error.filename = str(folder)
     raise
+  finally:
+    shutil.rmtree(draft, ignore_errors=True)
 
 
 def _write(folder: Path, wanted: list[Link], leaves, settings, max_file_bytes: int) -> None:

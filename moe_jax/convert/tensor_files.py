@@ -4,12 +4,14 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_SUFFIX = ".safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
@@ -20,11 +22,13 @@ class TensorFiles:
   Attributes:
     shapes: of every tensor by its key.
     faults: what is wrong with the files, one phrase each.
+    complete: all files could be opened, so that a key that `shapes` lacks is in none of them.
   """
 
   def __init__(self):
     self.shapes: dict[str, tuple[int, ...]] = {}
     self.faults: list[str] = []
+    self.complete = True
     self._files = {}
 
   def read(self, key: str) -> np.ndarray:
@@ -54,21 +58,35 @@ def open_tensors(folder: Path) -> Iterator[TensorFiles]:
   """
   tensors = TensorFiles()
   with contextlib.ExitStack() as stack:
-    for name, expected in _files(folder, tensors.faults).items():
-      try:
-        # Reads what is asked for; mapped files would count as memory of this process.
-        file = stack.enter_context(safe_open(folder / name, framework="np", backend="pread"))
-      except FileNotFoundError:
-        tensors.faults.append(f"{name} is missing")
-      except (SafetensorError, OSError) as error:
-        tensors.faults.append(f"{name} is truncated or damaged ({_phrase(error)})")
+    found = _files(folder, tensors.faults)
+    tensors.complete = not tensors.faults
+    for name, expected in found.items():
+      file = _open(folder / name, stack, tensors.faults)
+      if file is None:
+        tensors.complete = False
       else:
         tensors.add(name, file, expected)
     yield tensors
 
 
-def _phrase(error: Exception) -> str:
-  return str(error).removeprefix("Error while deserializing header: ").rstrip(".")
+def _open(path: Path, stack: contextlib.ExitStack, faults: list[str]):
+  """Returns the open file, or None and an entry in `faults`."""
+  if path.suffix != _SUFFIX:
+    faults.append(f"{INDEX_FILE} names {path.name!r}, which is no {_SUFFIX} file")
+  elif not path.exists():
+    faults.append(f"{path.name} is missing")
+  elif not path.is_file():
+    faults.append(f"{path.name} is not a file")
+  else:
+    try:
+      # Reads what is asked for; mapped files would count as memory of this process.
+      return stack.enter_context(safe_open(path, framework="np", backend="pread"))
+    except SafetensorError as error:
+      phrase = str(error).removeprefix("Error while deserializing header: ").rstrip(".")
+      faults.append(f"{path.name} is truncated or damaged ({phrase})")
+    except OSError as error:
+      faults.append(f"{path.name} cannot be read ({error})")
+  return None
 
 
 def _files(folder: Path, faults: list[str]) -> dict[str, set[str] | None]:
@@ -88,11 +106,17 @@ def _files(folder: Path, faults: list[str]) -> dict[str, set[str] | None]:
   return {}
 
 
+def _file_name(name: Any) -> str:
+  if not (isinstance(name, str) and name.isprintable()):
+    raise ValueError(name)
+  return name
+
+
 def _indexed_files(path: Path, faults: list[str]) -> dict[str, set[str]]:
   try:
     keys = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    places = sorted((str(name), key) for key, name in keys.items())
-  except (ValueError, KeyError, TypeError, AttributeError):
+    places = sorted((_file_name(name), key) for key, name in keys.items())
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
     faults.append(f"{INDEX_FILE} is damaged: expected JSON with the names of files in 'weight_map'")
     return {}
   files: dict[str, set[str]] = {}

@@ -4,9 +4,11 @@ import dataclasses
 import functools
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from moe_jax.errors import UserError
@@ -66,8 +68,10 @@ def generate(
     UserError: an empty prompt, a row without a real token, an id outside the vocabulary, or
       arguments out of range.
   """
-  tokens = jnp.asarray(tokens)
-  token_mask = jnp.ones(tokens.shape, bool) if token_mask is None else jnp.asarray(token_mask)
+  tokens = _rows("tokens", tokens)
+  token_mask = (
+    np.ones(tokens.shape, bool) if token_mask is None else _rows("token_mask", token_mask)
+  )
   _check_prompts(tokens, token_mask, model.config.vocab_size)
   check_sampling(max_new_tokens, temperature, top_k, top_p)
   stop_ids = _stop_ids(stop_token, model.config.vocab_size)
@@ -75,7 +79,9 @@ def generate(
     raise UserError(
       f"temperature = {temperature} samples: key = None was given, a jax.random.key is needed"
     )
-  source, tokens, token_mask = _split(model, tokens.astype(jnp.int32), token_mask, decoder_tokens)
+  source, tokens, token_mask = _split(
+    model, jnp.asarray(tokens, jnp.int32), jnp.asarray(token_mask), decoder_tokens
+  )
   if max_new_tokens == 0:
     return tokens
   key = jax.random.key(0) if key is None else key
@@ -99,16 +105,16 @@ def _split(
       raise UserError("decoder_tokens were given, but the model has no encoder: give tokens alone")
     return None, tokens, token_mask
   if decoder_tokens is None:
-    decoder_tokens = jnp.full((tokens.shape[0], 1), encoder.start_token, jnp.int32)
-  decoder_tokens = jnp.asarray(decoder_tokens)
-  mask = jnp.ones(decoder_tokens.shape, bool)
+    decoder_tokens = np.full((tokens.shape[0], 1), encoder.start_token)
+  decoder_tokens = _rows("decoder_tokens", decoder_tokens)
+  mask = np.ones(decoder_tokens.shape, bool)
   _check_prompts(decoder_tokens, mask, model.config.vocab_size)
   if decoder_tokens.shape[0] != tokens.shape[0]:
     raise UserError(
       f"decoder_tokens have {decoder_tokens.shape[0]} rows; expected {tokens.shape[0]}, those of"
       " tokens"
     )
-  return (tokens, token_mask), decoder_tokens.astype(jnp.int32), mask
+  return (tokens, token_mask), jnp.asarray(decoder_tokens, jnp.int32), jnp.asarray(mask)
 
 
 @jax.tree_util.register_dataclass
@@ -193,11 +199,22 @@ def _last_real(logits_BLV: jax.Array, token_mask: jax.Array) -> jax.Array:
   return jnp.take_along_axis(logits_BLV, last_B[:, None, None], axis=1)[:, 0]
 
 
+def _rows(name: str, given: Any) -> np.ndarray | jax.Array:
+  """Returns an array in the precision given: as int32, large ids would pass for small ones."""
+  try:
+    return given if isinstance(given, jax.Array) else np.asarray(given)
+  except ValueError as error:
+    raise UserError(
+      f"{name} cannot be made an array ({error}); expected rows of one length, padded ones with"
+      " a token_mask"
+    ) from None
+
+
 def _check_prompts(tokens, token_mask, vocab_size: int) -> None:
-  if tokens.ndim != 2 or tokens.shape[1] == 0 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+  if tokens.ndim != 2 or tokens.size == 0 or not jnp.issubdtype(tokens.dtype, jnp.integer):
     raise UserError(
       f"tokens have shape {tokens.shape} and dtype {tokens.dtype}; expected (batch,"
-      " length) integers with at least one token a prompt"
+      " length) integers with at least one prompt, and one token a prompt"
     )
   if token_mask.shape != tokens.shape or token_mask.dtype != bool:
     raise UserError(

@@ -1,10 +1,13 @@
 """Choosing the next token: temperature, then the k likeliest, then the smallest set of mass p."""
 
 import dataclasses
+import math
 import numbers
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_jax.errors import UserError
 
@@ -104,21 +107,33 @@ def check_sampling(
     top_k: an integer of at least 1, or None.
     top_p: 0 to 1, or None.
   """
-  if not 0 <= max_new_tokens <= _MOST_NEW_TOKENS:
+  if not (_is_integer(max_new_tokens) and 0 <= max_new_tokens <= _MOST_NEW_TOKENS):
     raise UserError(
-      f"max_new_tokens = {max_new_tokens} is refused: it must be from 0 to {_MOST_NEW_TOKENS}"
+      f"max_new_tokens = {max_new_tokens!r} is refused: it must be an integer from 0 to"
+      f" {_MOST_NEW_TOKENS}"
     )
-  if temperature != 0 and not _COLDEST <= temperature <= _HOTTEST:
+  heat = _number(temperature)
+  if heat != 0 and not _COLDEST <= heat <= _HOTTEST:
     raise UserError(
-      f"temperature = {temperature} is refused: it must be 0 (greedy) or from {_COLDEST} to"
+      f"temperature = {temperature!r} is refused: it must be 0 (greedy) or from {_COLDEST} to"
       f" {_HOTTEST}"
     )
-  if top_k is not None and not (isinstance(top_k, numbers.Integral) and top_k >= 1):
+  if top_k is not None and not (_is_integer(top_k) and top_k >= 1):
     raise UserError(
-      f"top_k = {top_k} is refused: it must be an integer of at least 1 (1 keeps the likeliest"
+      f"top_k = {top_k!r} is refused: it must be an integer of at least 1 (1 keeps the likeliest"
       " token, None keeps all)"
     )
-  if top_p is not None and not 0 <= top_p <= 1:
+  if top_p is not None and not 0 <= _number(top_p) <= 1:
     raise UserError(
-      f"top_p = {top_p} is refused: it must be from 0 (the likeliest token alone) to 1 (all)"
+      f"top_p = {top_p!r} is refused: it must be from 0 (the likeliest token alone) to 1 (all)"
     )
+
+
+def _is_integer(value: Any) -> bool:
+  return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> float:
+  """Returns a number, or an array of none, as a float; anything else is no number."""
+  array = np.asarray(value)
+  return float(array) if array.ndim == 0 and array.dtype.kind in "iuf" else math.nan

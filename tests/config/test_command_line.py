@@ -129,7 +129,7 @@ def test_defaults_and_types_of_plain_flags():
     "workdir": "a",
     "prompt": "--- it was",
     "checkpoint": None,
-    "dtype": "float32",
+    "dtype": None,
     "max_new_tokens": 200,
     "temperature": 0.8,
     "top_k": None,
@@ -330,3 +330,21 @@ def test_help_imports_neither_jax_nor_ml_collections():
   )
   root = str(__import__("pathlib").Path(cli.__file__).parents[1])
   subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=root)
+
+
+@pytest.mark.parametrize(
+  "target, status, words",
+  [("closed pipe", 141, ""), ("/dev/full", 2, "the output cannot be written (No space left")],
+)
+def test_an_output_that_takes_nothing_ends_without_a_traceback(target, status, words):
+  if target == "/dev/full":
+    out = os.open(target, os.O_WRONLY)
+  else:
+    reader, out = os.pipe()
+    os.close(reader)
+  command = [sys.executable, "-m", "moe_jax.cli", "--help"]
+  root = os.path.dirname(os.path.dirname(cli.__file__))
+  done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True, cwd=root)
+  os.close(out)
+  assert done.returncode == status
+  assert words in done.stderr and done.stderr.count("\n") == bool(words)

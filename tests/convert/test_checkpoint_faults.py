@@ -65,7 +65,7 @@ def test_unknown_architecture_names_the_nearest_beside_faults_of_files(checkpoin
   set_config(checkpoint, architectures=["MixtralForCausalLLM"], model_type="mixtrall")
   (checkpoint / "model.safetensors").unlink()
   text = refusal(checkpoint)
-  assert "did you mean MixtralForCausalLM?" in text
+  assert "did you mean MixtralForCausalLM?" in text and "2 faults" in text
   assert "neither model.safetensors nor model.safetensors.index.json" in text
 
 
@@ -85,6 +85,13 @@ def test_missing_setting_is_named(checkpoint):
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic'"),
     ({"quantization_config": {"quant_method": "fp8"}}, "quantised ('fp8')"),
     ({"num_experts_per_tok": 3}, "top_k = 3"),
+    ({"hidden_size": "8"}, 'hidden_size = "8"; expected an integer from 1'),
+    ({"num_attention_heads": 0}, "num_attention_heads = 0; expected an integer from 1"),
+    ({"num_hidden_layers": 10**30}, "expected an integer from 1 to 2147483647"),
+    ({"rope_theta": float("nan")}, "rope_theta = NaN; expected a finite number"),
+    ({"rope_scaling": "yarn"}, 'rope_scaling = "yarn"; expected an object'),
+    ({"tie_word_embeddings": "no"}, 'tie_word_embeddings = "no"; expected true or false'),
+    ({"architectures": 3}, "architectures = 3; expected a list of strings"),
   ],
 )
 def test_settings_that_are_not_supported_are_refused(checkpoint, changes, words):
@@ -92,10 +99,24 @@ def test_settings_that_are_not_supported_are_refused(checkpoint, changes, words)
   assert words in refusal(checkpoint)
 
 
-def test_truncated_file_is_refused(checkpoint):
+def test_truncated_file_is_one_fault_and_not_one_a_tensor(checkpoint):
   path = checkpoint / "model.safetensors"
   path.write_bytes(path.read_bytes()[:-4])
-  assert "model.safetensors is truncated or damaged" in refusal(checkpoint)
+  text = refusal(checkpoint)
+  assert "1 fault: model.safetensors is truncated or damaged" in text
+  assert "is missing" not in text
+
+
+def test_folder_in_the_place_of_a_file_is_refused(checkpoint):
+  (checkpoint / "model.safetensors").unlink()
+  (checkpoint / "model.safetensors").mkdir()
+  assert "1 fault: model.safetensors is not a file" in refusal(checkpoint)
+
+
+def test_index_that_names_other_kinds_of_files_is_refused_and_they_stay_unread(checkpoint):
+  index(checkpoint, **{NORM: "weights.bin"})
+  (checkpoint / "weights.bin").write_bytes(b"no pickle at all")
+  assert "names 'weights.bin', which is no .safetensors file" in refusal(checkpoint)
 
 
 @pytest.mark.parametrize("outside", ["../part.safetensors", "/etc/passwd", "sub/../../x"])
@@ -111,9 +132,12 @@ def test_index_is_refused_where_files_or_tensors_are_missing(checkpoint):
   assert "looks for model.absent in part.safetensors, which lacks it" in text
 
 
-def test_damaged_index_is_refused(checkpoint):
+@pytest.mark.parametrize(
+  "text", ['{"weight_map": ', "[]", '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "b\\nc"}}']
+)
+def test_damaged_index_is_refused(checkpoint, text):
   index(checkpoint)
-  (checkpoint / "model.safetensors.index.json").write_text('{"weight_map": ')
+  (checkpoint / "model.safetensors.index.json").write_text(text)
   assert "model.safetensors.index.json is damaged" in refusal(checkpoint)
 
 

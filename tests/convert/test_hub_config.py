@@ -1,6 +1,7 @@
 """Settings of the hub, old and new, become configs, and configs become the same settings."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,41 @@ def test_absent_and_null_settings_take_the_librarys_defaults():
 )
 def test_blocks_become_the_longest_repeated_patterns(blocks, segments):
   assert as_segments(blocks) == segments
+
+
+def variants(settings, values):
+  """Yields the settings with each single one, nested ones too, replaced by each of the values."""
+  for name, given in settings.items():
+    if isinstance(given, dict):
+      yield from ({**settings, name: section} for section in variants(given, values))
+    yield from ({**settings, name: value} for value in values)
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if not re.search(r"_(p2|norm|tied|swa)$", n)])
+def test_no_setting_of_a_wrong_type_is_met_by_surprise(name):
+  refused = 0
+  for settings in variants(json.loads(FILES[name].read_text()), ["12", -1, 0, 1.5, [1], {"a": 1}]):
+    hub = HubConfig(settings)
+    try:
+      family_in(hub).read(hub).dropless()
+    except UserError as error:
+      refused += 1
+      assert "\n" not in str(error)
+  assert refused > 50
+
+
+@pytest.mark.parametrize(
+  "name, changes, words",
+  [
+    ("gpt_oss", {"layer_types": ["full_attention"]}, "has 1 layer_types, expected num_hidden_laye"),
+    ("qwen2_moe_mixed", {"layer_types": ["full_atention"] * 4}, "did you mean full_attention?"),
+    ("llama4_scout", {"no_rope_layers": [1]}, "has 1 no_rope_layers, expected num_hidden_layers"),
+  ],
+)
+def test_lists_of_layers_have_one_known_entry_a_layer(name, changes, words):
+  hub = HubConfig({**json.loads(FILES[name].read_text()), **changes})
+  with pytest.raises(UserError, match=re.escape(words)):
+    family_in(hub).read(hub)
 
 
 def test_a_v2_that_renormalises_is_refused():

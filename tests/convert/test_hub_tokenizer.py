@@ -35,6 +35,11 @@ def write_stop(folder, name, value):
   path.write_text(json.dumps(settings | {"eos_token_id": value}))
 
 
+def set_vocabulary(folder, size):
+  settings = json.loads((folder / "config.json").read_text())
+  (folder / "config.json").write_text(json.dumps(settings | {"vocab_size": size}))
+
+
 def test_a_prompt_begins_as_the_tokenizer_says_and_words_keep_their_space(folder):
   tokenizer = HubTokenizer(folder)
   ids = tokenizer.encode("a c")
@@ -71,10 +76,6 @@ def remove(folder, monkeypatch):
   (folder / "tokenizer.json").unlink()
 
 
-def leave_sentencepiece(folder, monkeypatch):
-  (folder / "tokenizer.json").rename(folder / "tokenizer.model")
-
-
 def damage(folder, monkeypatch):
   (folder / "tokenizer.json").write_text('{"model": 3}')
 
@@ -83,12 +84,16 @@ def uninstall(folder, monkeypatch):
   monkeypatch.setitem(sys.modules, "tokenizers", None)
 
 
+def shrink_model(folder, monkeypatch):
+  set_vocabulary(folder, 15)
+
+
 FAULTS = [
-  (remove, "has no tokenizer.json; expected the one that transformers saves"),
-  (leave_sentencepiece, "only the SentencePiece file tokenizer.model, which is not supported"),
+  (remove, "has neither tokenizer.json nor tokenizer.model; expected what transformers saves"),
   (damage, "tokenizer.json cannot be read"),
   (uninstall, "needs the package tokenizers, which is not installed: pip install 'moe_jax[hf]'"),
   (lambda folder, _: write_stop(folder, "config.json", "end"), 'eos_token_id = "end"'),
+  (shrink_model, "has 16 ids and config.json vocab_size = 15"),
 ]
 
 
@@ -102,19 +107,37 @@ def test_what_is_missing_or_damaged_is_said_in_one_sentence(
   assert message in error and error.count("\n") == 1
 
 
-def test_a_prompt_without_a_token_is_refused(folder):
+def test_a_prompt_without_a_token_or_without_utf8_is_refused(folder):
+  bare = Tokenizer.from_file(str(folder / "tokenizer.json"))
+  bare.post_processor = processors.TemplateProcessing("$A", None, [])
+  bare.save(str(folder / "tokenizer.json"))
   tokenizer = HubTokenizer(folder)
-  tokenizer._tokenizer.post_processor = processors.TemplateProcessing("$A", None, [])
   with pytest.raises(UserError, match="the prompt '' has no token"):
     tokenizer.encode("")
+  with pytest.raises(UserError, match="is not UTF-8 text"):
+    tokenizer.encode("a \udcff")
+
+
+def test_new_bytes_that_spoil_the_prompts_do_not_repeat_it(folder):
+  words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+  model = models.BPE({word: i for i, word in enumerate(words)}, [], byte_fallback=True)
+  tokenizer = Tokenizer(model)
+  tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+  tokenizer.save(str(folder / "tokenizer.json"))
+  set_vocabulary(folder, len(words))
+  tokenizer = HubTokenizer(folder)
+  prompt = tokenizer.encode("é")
+  assert tokenizer.decode_after(prompt, prompt) == "é"
+  assert tokenizer.decode_after(prompt, prompt[:1]) == "�"
 
 
 @pytest.mark.parametrize(
   "flags, message",
   [
     ([], "neither was given"),
-    (["--workdir=a", "--checkpoint=b"], "both was given"),
+    (["--workdir=a", "--checkpoint=b"], "both were given"),
     (["--checkpoint=b", "--top_k=0"], "top_k = 0"),
+    (["--workdir=b", "--dtype=bfloat16"], "--dtype=bfloat16 goes with --checkpoint"),
     (["--workdir=b", "--top_p=2"], "top_p = 2.0"),
   ],
 )

@@ -1,6 +1,7 @@
 """What is saved is what is loaded; nothing is left half-written, and memory holds one tensor."""
 
 import dataclasses
+import errno
 import json
 import tracemalloc
 
@@ -162,6 +163,34 @@ def test_the_command_converts_a_checkpoint(pristine, tmp_path, capsys):
   assert_same(load_pretrained(pristine)[0], load_pretrained(tmp_path / "out")[0])
 
 
-def test_the_command_takes_one_source(tmp_path, capsys):
-  assert main(["convert", f"--out={tmp_path / 'out'}"]) == 2
-  assert "neither was given" in capsys.readouterr().err
+@pytest.mark.parametrize(
+  "flags, message",
+  [
+    ([], "neither was given"),
+    (["--workdir=a", "--checkpoint=b"], "both were given"),
+    (["--workdir=a", "--dtype=bfloat16"], "--dtype=bfloat16 goes with --checkpoint"),
+    (["--checkpoint=a", "--step=3"], "--step=3 goes with --workdir"),
+  ],
+)
+def test_the_command_takes_one_source_and_its_flags(flags, message, tmp_path, capsys):
+  assert main(["convert", f"--out={tmp_path / 'out'}", *flags]) == 2
+  assert message in capsys.readouterr().err
+
+
+def test_the_command_looks_at_the_target_before_it_reads(tmp_path, capsys):
+  (tmp_path / "notes.txt").write_text("mine")
+  assert main(["convert", "--checkpoint=nowhere", f"--out={tmp_path}"]) == 2
+  assert "is not an empty folder" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(pristine, tmp_path, monkeypatch, capsys):
+  def write(*args):
+    (args[0] / "model.safetensors").write_bytes(b"half")
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  monkeypatch.setattr("moe_jax.convert.saving.write_tensors", write)
+  assert main(["convert", f"--checkpoint={pristine}", f"--out={tmp_path / 'out'}"]) == 2
+  error = capsys.readouterr().err
+  assert f"{tmp_path / 'out'} cannot be read or written (No space left on device)" in error
+  assert error.count("\n") == 1
+  assert list(tmp_path.iterdir()) == []

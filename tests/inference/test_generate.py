@@ -103,6 +103,12 @@ def test_samples_have_the_probabilities_of_the_tempered_softmax(temperature):
 
 
 REFUSED = {
+  "no prompt": (dict(tokens=np.zeros((0, 3), np.int32)), r"shape \(0, 3\).*at least one prompt"),
+  "rows of two lengths": (dict(tokens=[[1], [2, 3]]), "expected rows of one length"),
+  "an id that int32 takes for 1": (
+    dict(tokens=np.full((1, 2), 2**32 + 1)),
+    "expected ids between 0 and 12",
+  ),
   "no token": (dict(tokens=np.zeros((1, 0), np.int32)), r"shape \(1, 0\).*at least one token"),
   "one row without batch": (dict(tokens=PROMPTS[0]), r"shape \(4,\)"),
   "fractions": (dict(tokens=PROMPTS + 0.5), "dtype float.* integers"),
@@ -112,6 +118,8 @@ REFUSED = {
   "a mask of another shape": (dict(token_mask=np.ones((2, 3), bool)), r"expected \(2, 4\)"),
   "a row of padding": (dict(token_mask=np.array([[True] * 4, [False] * 4])), "real token"),
   "a negative count": (dict(max_new_tokens=-1), "max_new_tokens = -1"),
+  "a count that is a fraction": (dict(max_new_tokens=1.5), "max_new_tokens = 1.5"),
+  "a temperature in words": (dict(temperature="0.5", key=KEY), "temperature = '0.5'"),
   "a negative temperature": (dict(temperature=-1.0, key=KEY), "temperature = -1.0"),
   "a temperature that is no number": (dict(temperature=float("nan"), key=KEY), "nan"),
   "a temperature that is 0 in float32": (dict(temperature=1e-46, key=KEY), "1e-46"),

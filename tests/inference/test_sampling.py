@@ -112,6 +112,7 @@ def test_the_likeliest_alone_is_the_greedy_token(top_k, top_p):
     (dict(top_p=-0.1), "top_p = -0.1 is refused: .* from 0 .* to 1"),
     (dict(top_p=90), "top_p = 90"),
     (dict(top_p=float("nan")), "top_p = nan"),
+    (dict(top_p="0.5"), "top_p = '0.5'"),
   ],
 )
 def test_what_cannot_be_kept_is_refused(given, message):

@@ -75,7 +75,12 @@ def test_the_table_shows_the_same_numbers(capsys):
     "11,610,067,968",
   ):
     assert text in shown
-  assert max(map(len, shown.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("variant", ["deepseek.py:v3", "glam.py:64b_64e", "granite_moe.py:tiny"])
+def test_the_table_fits_a_terminal_of_80_columns(variant, capsys):
+  assert main(["plan", f"--config={tiny.ROOT}/configs/{variant}"]) == 0
+  assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(

@@ -65,11 +65,9 @@ def family_in(hub: HubConfig) -> Family:
     if family.architecture in named or family.model_type in named:
       return family
   known = [family.architecture for family in FAMILIES]
-  name = str(named[0]) if named else "nothing"
-  raise UserError(
-    f"{CONFIG_FILE} names the architecture {name!r}, which is not known;"
-    f" {did_you_mean(name, known)}"
-  )
+  name = named[0] if named else ""
+  given = f"the architecture {name!r}, which is not known" if name else "no architecture"
+  raise UserError(f"{CONFIG_FILE} names {given}; {did_you_mean(name, known)}")
 
 
 def family_of(config: ModelConfig) -> Family:

@@ -24,6 +24,7 @@ from moe_jax.moe.presets import preset
 
 # PyTorch's LayerNorm, which the code leaves as it is.
 _EPSILON = 1e-5
+_ORDER = "moe_normalize_expert_weights"
 
 
 def _attention(hub: HubConfig) -> AttentionConfig:
@@ -44,7 +45,8 @@ def _read(hub: HubConfig) -> ModelConfig:
   section = hub.section("ffn_config")
   activation = HubConfig(section.get("ffn_act_fn", {"name": "silu"})).activation("name")
   blocks = ["attention:moe"] * hub.get("num_hidden_layers")
-  order = section.values.get("moe_normalize_expert_weights", 1.0)
+  # Null is a choice here: weights are left as they are.
+  order = section.get(_ORDER, None if _ORDER in section.values else 1.0)
   routing = preset(
     "mixtral",
     num_experts=section.get("moe_num_experts"),
@@ -87,7 +89,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
       "ffn_act_fn": {"name": write_activation(moe.activation)},
       "moe_num_experts": routing.num_experts,
       "moe_top_k": routing.top_k,
-      "moe_normalize_expert_weights": None if raw else routing.weight_norm_order,
+      _ORDER: None if raw else routing.weight_norm_order,
       "moe_loss_weight": write_balance_weight(config),
     },
   }

@@ -38,9 +38,9 @@ _PLAIN = {"rope_type": "default", "type": "default"}
 
 def _words(hub: HubConfig) -> list[str]:
   """Returns the mixer of every layer: with a window and without one in turn."""
-  turns = ["sliding_attention", "full_attention"] * hub.get("num_hidden_layers")
-  kinds = hub.layer_types(tuple(_WORDS), turns[: hub.get("num_hidden_layers")])
-  return [_WORDS[kind] for kind in kinds]
+  layers = hub.get("num_hidden_layers")
+  turns = (list(_WORDS) * layers)[:layers]
+  return [_WORDS[kind] for kind in hub.each_layer("layer_types", turns, tuple(_WORDS))]
 
 
 def _with_defaults(hub: HubConfig) -> HubConfig:

@@ -39,8 +39,7 @@ def _words(hub: HubConfig) -> list[str]:
   """Returns the mixer of every layer: with rotary positions or without."""
   layers, interval = hub.get("num_hidden_layers"), hub.get("no_rope_layer_interval", 4)
   every = [(layer + 1) % interval != 0 for layer in range(layers)]
-  rotated = hub.get("no_rope_layers", []) or every
-  return [_ROTATED if each else _PLAIN for each in rotated[:layers]]
+  return [_ROTATED if each else _PLAIN for each in hub.each_layer("no_rope_layers", every)]
 
 
 def _chunks(hub: HubConfig) -> dict[str, int | None]:
@@ -50,7 +49,7 @@ def _chunks(hub: HubConfig) -> dict[str, int | None]:
     UserError: layers of one mixer differ in it.
   """
   words = _words(hub)
-  kinds = hub.layer_types((_CHUNKED, _FULL), [_KINDS[word] for word in words])
+  kinds = hub.each_layer("layer_types", [_KINDS[word] for word in words], (_CHUNKED, _FULL))
   found = {}
   for word, kind in zip(words, kinds, strict=True):
     if found.setdefault(word, kind) != kind:

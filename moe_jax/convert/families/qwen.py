@@ -49,10 +49,10 @@ def _layer_types(hub: HubConfig) -> list[str]:
   """
   layers = range(hub.get("num_hidden_layers"))
   if not hub.get("use_sliding_window", False):
-    return hub.layer_types((_FULL,), [_FULL for _ in layers])
+    return hub.each_layer("layer_types", [_FULL for _ in layers], (_FULL,))
   first = hub.get("max_window_layers", 28)
   default = [_SLIDING if i % 2 == 0 and i < first else _FULL for i in layers]
-  return hub.layer_types((_FULL, _SLIDING), default)
+  return hub.each_layer("layer_types", default, (_FULL, _SLIDING))
 
 
 def _attentions(kinds: list[str], whole: AttentionConfig, window: int | None) -> dict[str, Any]:
