@@ -200,8 +200,8 @@ class HubConfig:
 
   def rotated_part(self, default: float = 1.0) -> float:
     """Returns the part of a head that is rotated."""
-    given = self.rope_settings().get("partial_rotary_factor")
-    return float(given or self.get("partial_rotary_factor", default))
+    own = self.get("partial_rotary_factor", default)
+    return float(HubConfig(self.rope_settings()).get("partial_rotary_factor", own))
 
   def rope_settings(self) -> dict[str, Any]:
     """Returns the settings of rotary positions that stand together, in either style."""
@@ -214,7 +214,13 @@ class HubConfig:
       fields["original_max_position"] = original or self.get("max_position_embeddings")
     if not fields["factor"]:
       length = self.get("max_position_embeddings")
-      fields["factor"] = length / fields.get("original_max_position", length)
+      original = fields.get("original_max_position", length)
+      if not (length and original):
+        raise UserError(
+          f"{CONFIG_FILE} has max_position_embeddings = {length} and"
+          f" original_max_position_embeddings = {original}: expected lengths above 0"
+        )
+      fields["factor"] = length / original
     if "truncate" in fields:
       fields["truncate"] = bool(given.get("truncate", True))
     for name in {"short_factors", "long_factors"} & set(fields):
