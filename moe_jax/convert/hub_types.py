@@ -67,7 +67,8 @@ _KINDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     moe_layer_freq no_rope_layer_interval d_kv d_ff num_heads num_layers num_decoder_layers
     relative_attention_num_buckets relative_attention_max_distance encoder_layers decoder_layers
     encoder_ffn_dim decoder_ffn_dim encoder_attention_heads decoder_attention_heads
-    encoder_sparse_step attn_layer_period expert_layer_period mamba_d_state mamba_d_conv mamba_expand
+    encoder_sparse_step attn_layer_period expert_layer_period mamba_d_state mamba_d_conv
+    mamba_expand
     """,
   ),
   (
@@ -91,7 +92,8 @@ _KINDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     moe_loss_weight aux_loss_alpha routed_scaling_factor clip_qkv moe_normalize_expert_weights
     attention_multiplier embedding_multiplier logits_scaling residual_multiplier floor_scale
     attn_scale swiglu_limit swiglu_alpha router_jitter_noise router_z_loss_coef layer_norm_epsilon
-    dropout_rate dropout short_mscale long_mscale moe_eval_capacity_token_fraction moe_token_dropout
+    dropout_rate dropout short_mscale long_mscale moe_eval_capacity_token_fraction
+    moe_token_dropout
     """,
   ),
   (
