@@ -20,8 +20,9 @@ from moe_jax.convert.surgery.operation import Operation, block_words, layers_of
 from moe_jax.errors import UserError
 from moe_jax.models import ModelConfig
 from moe_jax.moe.config import RoutingConfig
+from moe_jax.moe.dispatch import Dispatch
 from moe_jax.moe.layer import MoEConfig, SharedCombine
-from moe_jax.moe.options import Projection
+from moe_jax.moe.options import Overflow, Projection
 from moe_jax.moe.registry import Chooser
 
 
@@ -130,6 +131,8 @@ def upcycled_config(
 ) -> ModelConfig:
   """Returns the config of a dense model with experts in some layers.
 
+  A dropless router gets ragged dispatch, which needs no room for all tokens in every expert.
+
   Raises:
     UserError: a model that has experts or no dense network, or one whose hidden units cannot be cut
       into so many parts.
@@ -149,6 +152,7 @@ def upcycled_config(
     expert_dropout=mlp.dropout,
     expert_bias=mlp.bias,
     clamp=mlp.clamp,
+    dispatch=Dispatch.RAGGED if routing.overflow == Overflow.DROPLESS else Dispatch.GATHER,
     shared_hidden_dim=width * options.shared_parts,
   )
   words = block_words(config)
