@@ -1,14 +1,11 @@
 """What combine weights add up to: the scale at which copies of one network come out."""
 
-import dataclasses
-
-import jax.numpy as jnp
+import math
 
 from moe_jax.errors import UserError
 from moe_jax.moe.config import RoutingConfig
-from moe_jax.moe.options import Overflow, Weighting, WeightOn
+from moe_jax.moe.options import Score, Weighting, WeightOn
 from moe_jax.moe.registry import Chooser
-from moe_jax.moe.routing import route
 
 _NORMALIZED = (
   Weighting.RENORMALIZED,
@@ -21,9 +18,11 @@ _CONSTANT = (Weighting.HARD, Weighting.STRAIGHT_THROUGH)
 def weight_total(routing: RoutingConfig) -> float:
   """Returns the sum of a token's combine weights, weight_scale aside, where all logits are equal.
 
-  It is 1 for normalised weights, K for constant ones; K / E for the raw scores of a softmax, which
-  arXiv 2410.07524 section 3 divides by, and K / 2 for those of a sigmoid. For raw scores it is
-  the total of other tokens only as far as their logits are small.
+  It is 1 for normalised weights (K^(1 - 1/p) with another norm p) and K for constant ones; K / E
+  for the raw scores of a softmax, which arXiv 2410.07524 section 3 makes up for, and K / 2 for
+  those of a sigmoid. Raw scores of other tokens have that total only as far as their logits are
+  alike. SparseMixer's weights are near 1 each unless logits are within 2 % of each other, so K too.
+  Under expert choice K is the mean number of experts of a token.
 
   Raises:
     UserError: a router to which the question does not apply.
@@ -35,21 +34,23 @@ def weight_total(routing: RoutingConfig) -> float:
       " so that copies of a dense network cannot stand for it; use weight_on = output and a"
       " selection such as top_k"
     )
-  if routing.selector.chooser == Chooser.EXPERT:
-    # As many experts a token, on average.
-    routing = dataclasses.replace(routing, selection="top_k")
-  routing = dataclasses.replace(
-    routing, overflow=Overflow.DROPLESS, capacity=None, weight_scale=1.0, bias_update="none"
-  )
-  ids = jnp.zeros((1, 1), jnp.int32)
-  plan = route(jnp.zeros((1, 1, routing.num_logits)), routing, token_ids=ids, segment_ids=ids)
-  total = float(jnp.sum(plan.weight))
-  if not total > 0:
+  K = routing.top_k
+  if routing.weighting in _NORMALIZED:
+    renormalized = routing.weighting != Weighting.SOFTMAX_SELECTED
+    return K ** (1 - 1 / routing.weight_norm_order) if renormalized else 1.0
+  if routing.weighting in (*_CONSTANT, Weighting.SPARSEMIXER):
+    return float(K)
+  if routing.score == Score.RELU:
     raise UserError(
-      f"score = {routing.score} is refused: it is 0 where all logits are equal, so that no scale"
-      " makes up for it; use softmax or sigmoid"
+      f"score = {routing.score} is refused: it is 0 where all logits are 0, so that no scale makes"
+      " up for it; use softmax or sigmoid"
     )
-  return total
+  scores = {
+    Score.SOFTMAX: 1 / (routing.num_experts + routing.num_null_experts),
+    Score.SIGMOID: 1 / 2,
+    Score.SQRT_SOFTPLUS: math.sqrt(math.log(2)),
+  }
+  return K * scores[routing.score]
 
 
 def has_fixed_total(routing: RoutingConfig) -> bool:

@@ -138,6 +138,7 @@ def upcycled_config(
       into so many parts.
   """
   _check_dense(config)
+  weight_total(routing)
   mlp = config.mlp
   if mlp.hidden_dim % options.parts:
     raise UserError(
