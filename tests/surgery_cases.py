@@ -10,6 +10,17 @@ from tiny_models import random_parameters, tiny_config
 from moe_jax.convert.rules import flat_leaves
 from moe_jax.models import Decoder
 
+MIXTRAL = {
+  "architectures": ["MixtralForCausalLM"],
+  "vocab_size": 16,
+  "hidden_size": 8,
+  "intermediate_size": 12,
+  "num_hidden_layers": 1,
+  "num_attention_heads": 2,
+  "num_key_value_heads": 1,
+  "num_local_experts": 4,
+  "num_experts_per_tok": 2,
+}
 DENSE_4 = (("attention:dense attention:dense", 2),)
 
 

@@ -2,8 +2,8 @@
 
   python -m experiments.upcycling.compare --workdir=runs/upcycling [--seeds=0,1,2] [FIELD=VALUE ...]
 
-The overrides are of the dense run's config. Writes results.json into --out and prints the table. A
-run that is there already is not trained again, one that was interrupted goes on.
+Writes results.json into --out and prints the table. A run that is there already is not trained
+again, and one that was interrupted goes on. FIELD=VALUE changes the config of the dense run.
 """
 
 import argparse
@@ -36,12 +36,12 @@ _HERE = Path(__file__).parent
 def main() -> None:
   """Runs the comparison."""
   args = _arguments()
-  seeds = [int(seed) for seed in args.seeds.split(",")]
+  seeds, arms = [int(seed) for seed in args.seeds.split(",")], args.arms.split(",")
   for seed in seeds:
     dense = _train_dense(seed, args)
-    for arm in ARMS:
+    for arm in arms:
       _upcycle_and_train(arm, seed, dense, args)
-  results = {arm: _results(arm, seeds, args.workdir) for arm in ("dense", *ARMS)}
+  results = {arm: _results(arm, seeds, args.workdir) for arm in ("dense", *arms)}
   args.out.mkdir(parents=True, exist_ok=True)
   (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
   print(table(results))
@@ -108,6 +108,7 @@ def _results(arm: str, seeds: list[int], workdir: Path) -> dict:
   return {
     "seeds": seeds,
     "branch": [_branch(arm, workdir, seed) for seed in seeds],
+    "at_capacity": [row[-1].get("eval_loss_at_capacity") for row in rows],
     "end": [each[-1]["eval_loss"] for each in rows],
     "evaluations": [
       {row["step"]: row["eval_loss"] for row in each if "eval_loss" in row} for each in rows
@@ -119,9 +120,9 @@ def _results(arm: str, seeds: list[int], workdir: Path) -> dict:
 
 
 def _branch(arm: str, workdir: Path, seed: int) -> float:
-  """Returns the loss of an arm before its first step."""
-  source = next(iter(ARMS)) if arm == "dense" else arm
-  note = json.loads((workdir / f"{source}_{seed}" / NOTE_FILE).read_text())
+  """Returns the loss of an arm before its first step; that of the dense run, any arm has noted."""
+  source = "*" if arm == "dense" else arm
+  note = json.loads(next(workdir.glob(f"{source}_{seed}/{NOTE_FILE}")).read_text())
   return note["step_0"]["loss_before" if arm == "dense" else "loss_after"]
 
 
@@ -130,6 +131,7 @@ def _arguments() -> argparse.Namespace:
   parser.add_argument("--workdir", type=Path, default=Path("runs/upcycling"))
   parser.add_argument("--out", type=Path, default=_HERE)
   parser.add_argument("--seeds", default="0,1,2")
+  parser.add_argument("--arms", default=",".join(ARMS))
   parser.add_argument("--branch", type=int, default=1000, help="step that is upcycled")
   parser.add_argument("override", nargs="*", help="config overrides such as steps=100")
   return parser.parse_args()

@@ -14,6 +14,7 @@ from moe_jax.config.load import override
 from moe_jax.convert.surgery import Operation
 from moe_jax.errors import UserError
 from moe_jax.models import ModelConfig
+from moe_jax.moe.options import Overflow
 from moe_jax.planning.count import count_parameters
 from moe_jax.training.config import ExperimentConfig, experiment_from
 from moe_jax.training.evaluate import at_training_capacity
@@ -145,7 +146,7 @@ def _note(
     "active_parameters": {"before": old.active, "after": new.active},
     "step_0": _figures(found),
     "approximations": reasons,
-    "at_training_capacity": _at_capacity(config.model, state, batches),
+    "at_training_capacity": _at_capacity(config.model, state, batches, found),
   }
 
 
@@ -157,8 +158,12 @@ def _figures(found: Preservation) -> dict[str, Any]:
   }
 
 
-def _at_capacity(model: ModelConfig, state: TrainState, batches) -> dict[str, float]:
+def _at_capacity(
+  model: ModelConfig, state: TrainState, batches, dropless: Preservation
+) -> dict[str, float]:
   """Returns loss and drops with the slots of training, which the first steps will see."""
+  if model.moe.routing.overflow == Overflow.DROPLESS:
+    return {"loss": dropless.loss_after, "dropped_fraction": 0.0}
   step = make_eval_step(at_training_capacity(model))
   sums = [step(state.model, batch) for batch in batches]
   total = {name: sum(float(each[name]) for each in sums) for name in sums[0]}

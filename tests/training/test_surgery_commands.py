@@ -1,15 +1,25 @@
 """From a dense run to experts, fewer, more and merged ones, and on with training, by commands."""
 
 import json
+from types import SimpleNamespace
 
+import jax
+import numpy as np
 import pytest
 from fast_compilation import compile_fast  # noqa: F401
+from flax import nnx
+from surgery_cases import MIXTRAL, leaves_of
 from training import tiny
 
 from moe_jax import cli
+from moe_jax.analysis.routing_trace import LayerTrace, RoutingTrace
+from moe_jax.commands.surgery_source import read_source
 from moe_jax.config.load import load_config
 from moe_jax.convert import save_pretrained
+from moe_jax.convert.families import family_in
+from moe_jax.convert.hub_config import HubConfig
 from moe_jax.data.builders import prepare
+from moe_jax.data.config import DataConfig
 from moe_jax.errors import UserError
 from moe_jax.models import Decoder
 from moe_jax.training import new_run
@@ -17,13 +27,14 @@ from moe_jax.training.config import experiment_from
 from moe_jax.training.loop import run_steps
 from moe_jax.training.run_folder import check_run, claim_run
 from moe_jax.training.saved_run import load_state
+from moe_jax.training.state import TrainState
 
-# Two blocks; the checkpoint of step 2 is the one that is operated on.
+# The checkpoint of step 2 is the one that is upcycled.
 RUN = dict(
   steps=3,
   eval__every=3,
   checkpoint__every=2,
-  model__segments=(("attention:dense", 2),),
+  model__segments=(("attention:dense", 1),),
   eval__batch_size=1024,
 )
 
@@ -63,10 +74,11 @@ def dense(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sparse(dense):
-  """Returns the upcycled run at step 2."""
+  """Returns the upcycled run, made at step 2 and trained on to step 3."""
   out = dense.parent / "sparse"
-  words = ["--num_experts=4", "--layers=1", "--step=2"]
+  words = ["--num_experts=4", "--layers=all", "--step=2", "--batches=1"]
   assert cli.main(["convert", "upcycle", f"--workdir={dense}", f"--out={out}", *words]) == 0
+  go_on(out)
   return out
 
 
@@ -77,7 +89,7 @@ def test_an_upcycled_run_goes_on_with_the_same_data_and_the_same_loss(dense, spa
   assert note["source_step"] == note["step"] == 2
   assert note["at_training_capacity"]["dropped_fraction"] == 0
   assert note["parameters"]["after"] > note["parameters"]["before"]
-  old, new = rows(dense), go_on(sparse)
+  old, new = rows(dense), rows(sparse)
   assert [new[step]["loss"] for step in (1, 2)] == [old[step]["loss"] for step in (1, 2)]
   # The third step's loss is that of the dense model before its update, on the same batch.
   assert new[3]["loss"] == pytest.approx(old[3]["loss"], rel=1e-5)
@@ -85,75 +97,60 @@ def test_an_upcycled_run_goes_on_with_the_same_data_and_the_same_loss(dense, spa
   assert new[3]["eval_loss"] != old[3]["eval_loss"]
 
 
-def test_experts_are_pruned_merged_and_grown_and_the_run_goes_on(sparse, tmp_path, capsys):
-  source = dict(workdir=sparse, step=2)
-  pruned = convert("prune", capsys, out=tmp_path / "pruned", num_experts=2, **source)
-  merged = convert("merge", capsys, out=tmp_path / "merged", num_experts=2, **source)
-  grown = convert("grow", capsys, out=tmp_path / "grown", num_experts=6, noise=0, **source)
-  # All experts are copies of one network still, and K = 2 of them are left.
-  for note in (pruned, merged, grown):
-    assert note["step_0"]["relative_difference"] < 1e-5
-  totals = [note["parameters"]["after"] for note in (pruned, merged, grown)]
-  assert totals[0] == totals[1] < totals[2]
-  assert load_state(tmp_path / "grown")[0].model.moe.routing.num_experts == 6
-  after = go_on(tmp_path / "pruned")
-  assert len(after[3]["moe/layer_1/load"]) == 2
-  assert not any(name.startswith("moe/") for name in after[2])
-
-
-def test_a_run_may_start_its_schedule_anew_with_other_fields(dense, tmp_path, capsys):
-  words = {"set": "steps=5", "schedule": "reset", "moments": "reset"}
-  note = convert("upcycle", capsys, workdir=dense, out=tmp_path / "new", parts=2, **words)
-  assert (note["source_step"], note["step"]) == (3, 0)
-  # Two parts of a router that picks at random: a router = virtual_groups would be exact.
-  assert "does not pick every part" in note["approximations"][0]
-  config, state, place = load_state(tmp_path / "new")
-  assert config.steps == 5 and int(state.step) == 0
-  assert place["wall_seconds"] == 0
-
-
-def test_a_checkpoint_of_the_hub_is_a_source_too(tmp_path, capsys):
-  import jax
-
-  config = tiny.experiment().model
-  config = config.with_routing(weighting="softmax_selected", top_k=2).dropless()
-  config = _mixtral(config)
-  save_pretrained(Decoder(config, key=jax.random.key(0)), config, tmp_path / "hub")
+def test_pruning_takes_the_rows_of_the_source_but_for_its_routers(sparse, tmp_path, capsys):
   out = tmp_path / "pruned"
-  note = convert("prune", capsys, checkpoint=tmp_path / "hub", out=out, num_experts=3, by="norm")
-  assert note["step"] == 0 and note["parameters"]["after"] < note["parameters"]["before"]
-  assert load_state(out)[0].model.moe.routing.num_experts == 3
+  note = convert("prune", capsys, workdir=sparse, out=out, num_experts=2)
+  config, state, _ = load_state(out)
+  assert config.model.moe.routing.num_experts == 2 and int(state.step) == note["step"] == 3
+  # One step does not set copies of one network far apart.
+  assert 0 < note["step_0"]["relative_difference"] < 0.1
+  assert "moe/layer_0/load" in rows(sparse)[3]
+  assert not any(name.startswith("moe/") for name in rows(out)[3])
+  assert rows(out)[3]["loss"] == rows(sparse)[3]["loss"]
+  check_run(out, load_config(str(out / "config.py")).to_dict())
 
 
-def _mixtral(config):
-  """Returns a config of that family with the widths of another one."""
-  from moe_jax.convert.families import family_in
-  from moe_jax.convert.hub_config import HubConfig
-
-  settings = {
-    "architectures": ["MixtralForCausalLM"],
-    "vocab_size": config.vocab_size,
-    "hidden_size": 8,
-    "intermediate_size": 12,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "rope_theta": 1e6,
-  }
-  hub = HubConfig(settings)
-  return family_in(hub).read(hub).dropless()
+def test_growing_may_start_the_schedule_anew_with_other_fields(sparse, tmp_path, capsys):
+  how = {"set": "steps=5", "schedule": "reset", "moments": "reset"}
+  note = convert("grow", capsys, workdir=sparse, out=tmp_path / "x", num_experts=5, **how)
+  assert (note["source_step"], note["step"]) == (3, 0)
+  config, state, place = load_state(tmp_path / "x")
+  assert config.steps == 5 and int(state.step) == 0 and place["wall_seconds"] == 0
+  assert rows(tmp_path / "x") == {}
 
 
-def test_a_target_that_cannot_be_finished_leaves_nothing(dense, tmp_path, monkeypatch, capsys):
+def test_merging_counts_use_in_a_trace(sparse, tmp_path, capsys):
+  trace = tmp_path / "trace.npz"
+  ids = np.array([[[0, 1], [0, 2], [3, 0]]], np.int16)
+  layer = LayerTrace(ids, np.full(ids.shape, 0.5, np.float32), np.ones(ids.shape, bool), 4)
+  tokens = np.zeros((1, 3), np.int32)
+  RoutingTrace("sparse", 3, tokens, tokens == 0, tokens, (layer,)).save(trace)
+  out = tmp_path / "merged"
+  note = convert("merge", capsys, workdir=sparse, out=out, num_experts=3, trace=trace)
+  assert note["operation"] == "merge"
+  assert note["parameters"]["after"] < note["parameters"]["before"]
+
+
+def test_a_checkpoint_of_the_hub_is_the_source_of_a_run_of_defaults(tmp_path):
+  settings = HubConfig({**MIXTRAL, "vocab_size": 300})
+  config = family_in(settings).read(settings).dropless()
+  model = Decoder(config, key=jax.random.key(0))
+  save_pretrained(model, config, tmp_path / "hub")
+  source = read_source(SimpleNamespace(workdir=None, checkpoint=tmp_path / "hub"))
+  assert source.config.model == config and source.config.data == DataConfig()
+  assert int(source.state.step) == 0 and source.place is None
+  for path, array in leaves_of(nnx.state(model)).items():
+    np.testing.assert_array_equal(source.leaves[path], array)
+
+
+def test_a_folder_that_cannot_be_finished_leaves_nothing(tmp_path, monkeypatch):
   def fail(*_):
     raise UserError("the disk is full")
 
   monkeypatch.setattr(new_run.Checkpoints, "save", fail)
-  words = [f"--workdir={dense}", f"--out={tmp_path / 'x'}", "--batches=1"]
-  assert cli.main(["convert", "upcycle", *words]) == 2
-  assert "the disk is full" in capsys.readouterr().err
+  state = TrainState(np.int32(0), {}, {}, (), None)
+  with pytest.raises(UserError, match="the disk is full"):
+    new_run.write_run(tmp_path / "x", tiny.experiment(), state, {}, title="", notes={})
   assert list(tmp_path.iterdir()) == []
 
 
@@ -168,7 +165,7 @@ REFUSED = {
   "the model has 4; expected more": ["grow", "--workdir={sparse}", "--num_experts=4"],
   "expert 7 does not exist": ["prune", "--workdir={sparse}", "--drop=7"],
   "expected ids of experts": ["prune", "--workdir={sparse}", "--drop=a"],
-  "names the layers [0]; expected [1]": ["prune", "--workdir={sparse}", "--drop=0:1"],
+  "names the layers [1]; expected [0]": ["prune", "--workdir={sparse}", "--drop=1:1"],
   "--by=size is not one of usage, norm": [
     *("prune", "--workdir={sparse}", "--num_experts=2", "--by=size"),
   ],
@@ -196,8 +193,6 @@ def test_what_cannot_be_done_is_refused_in_one_line(
   words = [word.format(dense=dense, sparse=sparse) for word in words]
   if not any(word.startswith("--out") for word in words):
     words.append(f"--out={tmp_path / 'x'}")
-  if words[0] == "prune" and "--workdir" in words[1] and sparse.name in words[1]:
-    words.append("--step=2")
   assert cli.main(["convert", *words]) == 2
   message = capsys.readouterr().err
   assert sentence in message and message.count("\n") == 1
