@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from oracles.networks import network
-from tiny_models import random_parameters, tiny_config
+from tiny_models import forward, random_parameters, tiny_config
 
 from moe_jax.convert.rules import flat_leaves
 from moe_jax.models import Decoder
@@ -49,9 +49,8 @@ def model_of(config, leaves):
 
 
 def logits_of(config, leaves, tokens):
-  """Returns the decoder's logits, computed by one compiled program."""
-  graph, state = nnx.split(model_of(config, leaves))
-  return np.asarray(jax.jit(lambda s, t: nnx.merge(graph, s)(t))(state, jnp.asarray(tokens)))
+  """Returns the decoder's logits; equal configs share the compiled program."""
+  return np.asarray(forward(*nnx.split(model_of(config, leaves)), jnp.asarray(tokens)))
 
 
 def float64(leaves):

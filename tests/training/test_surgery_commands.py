@@ -13,6 +13,7 @@ from training import tiny
 
 from moe_jax import cli
 from moe_jax.analysis.routing_trace import LayerTrace, RoutingTrace
+from moe_jax.commands import surgery
 from moe_jax.commands.surgery_source import read_source
 from moe_jax.config.load import load_config
 from moe_jax.convert import save_pretrained
@@ -119,16 +120,22 @@ def test_growing_may_start_the_schedule_anew_with_other_fields(sparse, tmp_path,
   assert rows(tmp_path / "x") == {}
 
 
-def test_merging_counts_use_in_a_trace(sparse, tmp_path, capsys):
+def test_merging_counts_use_in_a_trace(sparse, tmp_path, monkeypatch):
   trace = tmp_path / "trace.npz"
   ids = np.array([[[0, 1], [0, 2], [3, 0]]], np.int16)
   layer = LayerTrace(ids, np.full(ids.shape, 0.5, np.float32), np.ones(ids.shape, bool), 4)
   tokens = np.zeros((1, 3), np.int32)
   RoutingTrace("sparse", 3, tokens, tokens == 0, tokens, (layer,)).save(trace)
-  out = tmp_path / "merged"
-  note = convert("merge", capsys, workdir=sparse, out=out, num_experts=3, trace=trace)
-  assert note["operation"] == "merge"
-  assert note["parameters"]["after"] < note["parameters"]["before"]
+  made = []
+  monkeypatch.setattr(surgery, "finish", lambda args, source, request: made.append(request))
+  words = [f"--workdir={sparse}", f"--out={tmp_path / 'x'}", f"--trace={trace}"]
+  assert cli.main(["convert", "merge", "--num_experts=1", "--set=moe.top_k=1", *words]) == 2
+  assert cli.main(["convert", "merge", "--num_experts=3", *words]) == 0
+  (request,) = made
+  (edit,) = request.operation(request.model).edits.values()
+  # Expert 0 got three tokens, the others one each; one of them joins another.
+  shares = sorted(member.share for new in edit.experts for member in new.members)
+  assert len(edit.experts) == 3 and shares in ([0.25, 0.75, 1, 1], [0.5, 0.5, 1, 1])
 
 
 def test_a_checkpoint_of_the_hub_is_the_source_of_a_run_of_defaults(tmp_path):
@@ -177,11 +184,26 @@ REFUSED = {
   "exists and is not an empty folder": ["upcycle", "--out={dense}"],
   "preset 'mixtrall' does not exist": ["upcycle", "--preset=mixtrall"],
   "steps = 1 is refused: the source stands at step 3": [
-    *("upcycle", "--workdir={dense}", "--set=steps=1"),
+    *("upcycle", "--workdir={dense}", "--layers=all", "--set=steps=1"),
   ],
-  "--set changes data, batch_size, seed": ["upcycle", "--workdir={dense}", "--set=seed=1"],
-  "contradicts --scaling=router": ["upcycle", "--workdir={dense}", "--set=moe.weight_scale=3.0"],
-  "and the target's config asks for": ["upcycle", "--workdir={dense}", "--set=model.num_heads=4"],
+  "--set changes data, batch_size, seed": [
+    "upcycle",
+    "--workdir={dense}",
+    "--layers=all",
+    "--set=seed=1",
+  ],
+  "contradicts --scaling=router": [
+    "upcycle",
+    "--workdir={dense}",
+    "--layers=all",
+    "--set=moe.weight_scale=3.0",
+  ],
+  "and the target's config asks for": [
+    "upcycle",
+    "--workdir={dense}",
+    "--layers=all",
+    "--set=model.num_heads=4",
+  ],
   "has no step 1": ["upcycle", "--workdir={dense}", "--step=1"],
 }
 

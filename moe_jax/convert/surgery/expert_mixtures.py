@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from moe_jax.convert.rules import Path, flat_leaves
+from moe_jax.convert.surgery.draws import generator
 from moe_jax.convert.surgery.experts_from_dense import EXPERTS, HIDDEN_AXIS, new_router
 from moe_jax.convert.surgery.layer_trees import Leaves
 from moe_jax.convert.surgery.operation import Operation, Role, layers_of
@@ -74,13 +75,12 @@ class ExpertMixtures:
     fresh = self._fresh() if not all(new.members for new in self.experts) else {}
     made = dict(old)
     for index, path in enumerate(sorted(path for path in old if _is_of_experts(path))):
-      key = jax.random.fold_in(self.key, index)
       axis = 0 if path[:2] == EXPERTS else old[path].ndim - 1
-      made[path] = self._mix(path, np.moveaxis(old[path], axis, 0), fresh, role, key)
-      made[path] = np.moveaxis(made[path], 0, axis)
+      stack = self._mix(path, np.moveaxis(old[path], axis, 0), fresh, role, index)
+      made[path] = np.moveaxis(stack, 0, axis)
     return made
 
-  def _mix(self, path: Path, old: np.ndarray, fresh: Leaves, role: Role, key) -> np.ndarray:
+  def _mix(self, path: Path, old: np.ndarray, fresh: Leaves, role: Role, index: int) -> np.ndarray:
     """Returns the new array, experts first, from the old one."""
     rows = []
     for number, new in enumerate(self.experts):
@@ -90,7 +90,7 @@ class ExpertMixtures:
       row = sum(_units(path, old[m.expert], m) * m.share for m in new.members)
       if new.noise and role is Role.VALUE:
         size = new.noise * np.sqrt(np.mean(np.square(row, dtype=np.float64)))
-        row = row + size * np.asarray(jax.random.normal(jax.random.fold_in(key, number), row.shape))
+        row = row + size * generator(self.key, index, number).standard_normal(row.shape)
       rows.append(row.astype(old.dtype))
     extra = self.target.moe.routing.num_null_experts if path[0] == "router" else 0
     return np.concatenate([np.stack(rows), old[len(old) - extra :]])

@@ -7,6 +7,7 @@ import numpy as np
 from flax import nnx
 
 from moe_jax.convert.rules import Path, flat_leaves
+from moe_jax.convert.surgery.draws import generator
 from moe_jax.convert.surgery.layer_trees import Leaves
 from moe_jax.convert.surgery.operation import Role
 from moe_jax.models import ModelConfig
@@ -14,6 +15,8 @@ from moe_jax.moe.router import Router
 
 # The axis of the hidden units, from the right: the same in a dense network and in stacked experts.
 HIDDEN_AXIS = {"gate": -1, "gate_bias": -1, "up": -1, "up_bias": -1, "down": -2}
+_NAMES = (*HIDDEN_AXIS, "down_bias")
+_UNITS, _REINIT, _NOISE = range(3)
 DENSE: Path = ("weights",)
 EXPERTS: Path = ("experts", "weights")
 SHARED: Path = ("shared", "network", "weights")
@@ -89,32 +92,30 @@ class DenseToExperts:
     for expert, units in enumerate(self._drawn_units(made.shape[0], made.shape[1])):
       old = made[expert, units].astype(np.float64)
       if role is Role.VALUE:
-        normal = jax.random.normal(self._key(1, name, expert), old.shape)
-        made[expert, units] = old.mean() + old.std() * np.asarray(normal)
+        normal = self._generator(_REINIT, name, expert).standard_normal(old.shape)
+        made[expert, units] = old.mean() + old.std() * normal
       else:
         made[expert, units] = 0
     return np.moveaxis(made, 1, HIDDEN_AXIS[name])
 
   def _drawn_units(self, experts: int, hidden: int) -> list[np.ndarray]:
-    keys = jax.random.split(jax.random.fold_in(self.key, 0), experts)
     count = round(self.reinit * hidden)
-    return [np.asarray(jax.random.permutation(key, hidden))[:count] for key in keys]
+    draws = [generator(self.key, _UNITS, expert) for expert in range(experts)]
+    return [draw.permutation(hidden)[:count] for draw in draws]
 
   def _noisy(self, name: str, stack: np.ndarray, role: Role) -> np.ndarray:
     if not self.noise or role is not Role.VALUE:
       return stack
     scale = self.noise * np.sqrt(np.mean(np.square(stack, dtype=np.float64)))
-    drawn = np.asarray(jax.random.normal(self._key(2, name), stack.shape))
+    drawn = self._generator(_NOISE, name).standard_normal(stack.shape)
     return (stack + scale * drawn).astype(stack.dtype)
 
-  def _key(self, purpose: int, name: str, expert: int = 0) -> jax.Array:
-    index = [*HIDDEN_AXIS, "down_bias"].index(name)
-    key = jax.random.fold_in(jax.random.fold_in(self.key, purpose), index)
-    return jax.random.fold_in(key, expert)
+  def _generator(self, purpose: int, name: str, expert: int = 0) -> np.random.Generator:
+    return generator(self.key, purpose, _NAMES.index(name), expert)
 
   def _router(self, role: Role) -> Leaves:
     """Returns a new router's arrays, with its state where values are asked for; moments are 0."""
-    router = new_router(self.target, self.router_std, jax.random.fold_in(self.key, 3))
+    router = new_router(self.target, self.router_std, self.key)
     if role is not Role.VALUE:
       params = flat_leaves(nnx.state(router, nnx.Param))
       return {("router", *path): np.zeros(a.shape, a.dtype) for path, a in params.items()}

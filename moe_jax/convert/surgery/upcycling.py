@@ -103,6 +103,7 @@ def choose_layers(config: ModelConfig, choice: str) -> tuple[int, ...]:
   Raises:
     UserError: a word or a number that is none of these.
   """
+  _check_dense(config)
   count = len(config.layers())
   words = {
     "all": range(count),
