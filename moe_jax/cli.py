@@ -38,6 +38,33 @@ class Command:
 _RUN = Flag("workdir", FlagKind.FOLDER, "folder of a run made by moe-jax train")
 _STEP = Flag("step", FlagKind.INTEGER, "checkpoint to read; the latest if absent", None)
 
+_HUB = Flag("checkpoint", FlagKind.FOLDER, "Hugging Face checkpoint to read instead of a run", None)
+
+# What all operations on experts take.
+_OPERATION = (
+  Flag("out", FlagKind.FOLDER, "run folder to write; it must be absent or empty"),
+  Flag("workdir", FlagKind.FOLDER, "folder of a run made by moe-jax train", None),
+  _STEP,
+  _HUB,
+  Flag(
+    "set",
+    FlagKind.TEXTS,
+    "a field of the new run's config, as steps=400 or moe.dispatch=einsum; repeatable",
+    (),
+  ),
+  Flag("moments", FlagKind.TEXT, "carry or reset what the optimiser remembers", "carry"),
+  Flag(
+    "schedule", FlagKind.TEXT, "keep or reset step, learning rate and place in the data", "keep"
+  ),
+  Flag("batches", FlagKind.INTEGER, "held-out batches to measure on", 4),
+  Flag("seed", FlagKind.SEED, "seed of whatever is drawn", 0),
+  Flag("json", FlagKind.SWITCH, "print what was measured as JSON", False),
+)
+_TRACE = Flag(
+  "trace", FlagKind.FILE, "a trace to count the use of experts in; --batches if absent", None
+)
+_ROUTER_STD = Flag("router_std", FlagKind.NUMBER, "standard deviation of new router columns", 0.02)
+
 COMMANDS = {
   "train": Command(
     "train the model of a config file; the same command again resumes the run",
@@ -99,8 +126,62 @@ COMMANDS = {
       Flag("out", FlagKind.FOLDER, "folder to write; it must be absent or empty"),
       Flag("workdir", FlagKind.FOLDER, "folder of a run made by moe-jax train", None),
       _STEP,
-      Flag("checkpoint", FlagKind.FOLDER, "Hugging Face checkpoint to read instead of a run", None),
+      _HUB,
       Flag("dtype", FlagKind.TEXT, "float32 (default) or bfloat16, with --checkpoint", None),
+    ),
+  ),
+  "convert upcycle": Command(
+    "make a run with experts from a dense one: every expert a copy, or a part of one",
+    "moe_jax.commands.surgery:upcycle",
+    (
+      Flag(
+        "layers", FlagKind.TEXT, "all, every_other, last_half, or numbers as 1,3", "every_other"
+      ),
+      Flag("preset", FlagKind.TEXT, "router preset; its fields change by --set=moe.x", "mixtral"),
+      Flag("num_experts", FlagKind.INTEGER, "experts of a layer; the preset's if absent", None),
+      Flag("top_k", FlagKind.INTEGER, "experts of a token; the preset's if absent", None),
+      Flag("parts", FlagKind.INTEGER, "cut a dense network into so many, one an expert", 1),
+      Flag("shared_parts", FlagKind.INTEGER, "parts that become a shared expert", 0),
+      Flag("noise", FlagKind.NUMBER, "added to experts, relative to their weights", 0.0),
+      Flag("reinit", FlagKind.NUMBER, "fraction of hidden units that start anew", 0.0),
+      Flag("router", FlagKind.TEXT, "normal, or virtual_groups: tokens take all parts", "normal"),
+      _ROUTER_STD,
+      Flag("scaling", FlagKind.TEXT, "what keeps the scale: router, weights or none", "router"),
+      *_OPERATION,
+    ),
+  ),
+  "convert prune": Command(
+    "make a run with fewer experts: the most used, the largest, or all but some ids",
+    "moe_jax.commands.surgery:prune",
+    (
+      Flag("num_experts", FlagKind.INTEGER, "experts of a layer that stay", None),
+      Flag("by", FlagKind.TEXT, "which stay: usage, or norm of their weights", "usage"),
+      Flag("drop", FlagKind.TEXTS, "ids instead, as 0,3; or LAYER:IDS for each layer", ()),
+      _TRACE,
+      *_OPERATION,
+    ),
+  ),
+  "convert merge": Command(
+    "make a run with fewer experts: means of those that are alike, weighted by use",
+    "moe_jax.commands.surgery:merge",
+    (
+      Flag("num_experts", FlagKind.INTEGER, "experts of a layer that there are to be"),
+      Flag("by", FlagKind.TEXT, "what they are alike in: router or weights", "router"),
+      Flag("align", FlagKind.TEXT, "order hidden units before: none or permutation", "permutation"),
+      _TRACE,
+      *_OPERATION,
+    ),
+  ),
+  "convert grow": Command(
+    "make a run with more experts: noisy copies of the most used, or fresh ones",
+    "moe_jax.commands.surgery:grow",
+    (
+      Flag("num_experts", FlagKind.INTEGER, "experts of a layer that there are to be"),
+      Flag("init", FlagKind.TEXT, "what further experts are: copy or fresh", "copy"),
+      Flag("noise", FlagKind.NUMBER, "added to copies, relative to their weights", 0.01),
+      _ROUTER_STD,
+      _TRACE,
+      *_OPERATION,
     ),
   ),
   "report": Command(
@@ -198,6 +279,10 @@ def _run(argv: list[str]) -> int:
   if name == "--version":
     print(f"{_PROGRAM} {__version__}")
     return 0
+  if rest and f"{name} {rest[0]}" in COMMANDS:
+    name = f"{name} {rest.pop(0)}"
+  elif rest and not rest[0].startswith("-"):
+    _check_operation(name, rest[0])
   if name not in COMMANDS:
     raise UserError(f"{name!r} is not a command; {did_you_mean(name, COMMANDS)}")
   if "--help" in rest or "-h" in rest:
@@ -207,6 +292,13 @@ def _run(argv: list[str]) -> int:
   find_in_current_folder()
   arguments = parse_command_line(rest, flags=command.flags, program=f"{_PROGRAM} {name}")
   return pkgutil.resolve_name(command.entry)(arguments) or 0
+
+
+def _check_operation(name: str, word: str) -> None:
+  """Refuses a second word that is no operation of a command that has some."""
+  known = [each.removeprefix(f"{name} ") for each in COMMANDS if each.startswith(f"{name} ")]
+  if known:
+    raise UserError(f"{word!r} is no operation of {_PROGRAM} {name}; {did_you_mean(word, known)}")
 
 
 def _program_help() -> str:
@@ -230,8 +322,14 @@ def _command_help(name: str) -> str:
   return (
     f"usage: {' '.join([_PROGRAM, name, *needed])}{rest}\n\n"
     f"{command.help[0].upper()}{command.help[1:]}.\n\n"
-    f"flags:\n{_aligned(rows)}"
+    f"flags:\n{_aligned(rows)}{_operations(name)}"
   )
+
+
+def _operations(name: str) -> str:
+  """Returns the part of a command's help that lists its operations, if it has any."""
+  rows = [(each, command.help) for each, command in COMMANDS.items() if each.startswith(f"{name} ")]
+  return f"\n\noperations:\n{_aligned(rows)}" if rows else ""
 
 
 def _spelt(flag: Flag) -> str:

@@ -88,6 +88,24 @@ def restore_model(
   Raises:
     UserError: the run has no checkpoint, or not that one, or it is damaged.
   """
+  step, items = _restore_step(workdir, step, state=ocp.args.StandardRestore(template))
+  return step, items.state.model
+
+
+def restore_whole(
+  workdir: Path, template: TrainState, step: int | None = None
+) -> tuple[TrainState, dict[str, Any]]:
+  """Returns all that a run's checkpoint holds, state and place in the data, without writing.
+
+  Raises:
+    UserError: see `restore_model`.
+  """
+  items = {"state": ocp.args.StandardRestore(template), "data": ocp.args.JsonRestore()}
+  _, restored = _restore_step(workdir, step, **items)
+  return restored.state, restored.data
+
+
+def _restore_step(workdir: Path, step: int | None, **items: Any) -> tuple[int, Any]:
   folder = workdir / _FOLDER
   if not folder.is_dir():
     raise UserError(f"{workdir} holds no checkpoints; expected a folder made by moe-jax train")
@@ -102,8 +120,7 @@ def restore_model(
         f"{', '.join(map(str, steps))})"
       )
     step = steps[-1] if step is None else step
-    state = _restore(manager, folder, step, state=ocp.args.StandardRestore(template)).state
-  return step, state.model
+    return step, _restore(manager, folder, step, **items)
 
 
 def damaged(folder: Path, error: Exception) -> UserError:

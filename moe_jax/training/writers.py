@@ -49,7 +49,7 @@ def cut_after(path: Path, step: int) -> None:
   """Drops the rows beyond `step`, and a last line that a kill cut short."""
   if not path.exists():
     return
-  kept = [line for _, line in _rows_until(path, step)]
+  kept = [line for _, line in rows_until(path, step)]
   temporary = path.with_name(path.name + ".tmp")
   temporary.write_bytes(b"".join(kept))
   os.replace(temporary, path)
@@ -67,7 +67,7 @@ def check_rows(workdir: Path, restored_step: int, due: Iterable[int]) -> None:
     UserError: a row is missing or damaged; going on would leave a gap in the metrics.
   """
   path = workdir / METRICS_FILE
-  held = {step for step, _ in _rows_until(path, restored_step)} if path.exists() else set()
+  held = {step for step, _ in rows_until(path, restored_step)} if path.exists() else set()
   lost = next((step for step in due if step not in held), None)
   if lost is not None:
     raise UserError(
@@ -77,7 +77,7 @@ def check_rows(workdir: Path, restored_step: int, due: Iterable[int]) -> None:
     )
 
 
-def _rows_until(path: Path, last: int) -> Iterator[tuple[int, bytes]]:
+def rows_until(path: Path, last: int) -> Iterator[tuple[int, bytes]]:
   """Yields (step, line) of the rows up to step `last`; ends at a line that a kill cut short."""
   for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
     if not line.endswith(b"\n"):

@@ -1,0 +1,1 @@
+"""Upcycling a dense model against training it on."""
