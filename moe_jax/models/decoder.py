@@ -105,7 +105,7 @@ class Decoder(nnx.Module):
     Args:
       tokens: (B, L) int32.
       token_mask: (B, L) bool, True = real token; None = all real.
-      segment_ids: (B, L) int32 of packed documents; attention stays inside a segment.
+      segment_ids: (B, L) int32 of packed documents; mixers stay inside a segment.
       positions: (B, L) int32; None counts the real tokens of each row.
       router_inputs: what single routers are given, see `RouterInputs`; a leading axis of MoE
         layers everywhere.
