@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from moe_jax.analysis.routing_trace import RoutingTrace
+from moe_jax.commands.source import check_source
 from moe_jax.convert import load_pretrained
 from moe_jax.convert.surgery.layer_trees import Leaves
 from moe_jax.data.builders import PreparedData, prepare
@@ -119,14 +120,13 @@ def read_source(args: SimpleNamespace) -> Source:
   """Reads --workdir, at --step, or --checkpoint.
 
   Raises:
-    UserError: not exactly one of the two, or one that cannot be read.
+    UserError: not exactly one of the two, one that cannot be read, or an encoder-decoder.
   """
-  if (args.workdir is None) == (args.checkpoint is None):
-    given = "both" if args.workdir is not None else "neither"
-    raise UserError(
-      f"the operation takes --workdir=DIR or --checkpoint=DIR as its source; {given} was given"
-    )
-  return _read_run(args) if args.workdir is not None else _read_checkpoint(Path(args.checkpoint))
+  check_source("convert", args, of_run=("step",))
+  source = _read_run(args) if args.workdir is not None else _read_checkpoint(Path(args.checkpoint))
+  if source.config.model.encoder is not None:
+    raise UserError(f"{source.path} holds an encoder-decoder; surgery is of decoders alone")
+  return source
 
 
 def _read_run(args: SimpleNamespace) -> Source:

@@ -77,7 +77,7 @@ class Decoder(Stack):
     Args:
       tokens: (B, L) int32.
       token_mask: (B, L) bool, True = real token; None = all real.
-      segment_ids: (B, L) int32 of packed documents; attention stays inside a segment.
+      segment_ids: (B, L) int32 of packed documents; mixers stay inside a segment.
       positions: (B, L) int32; None counts the real tokens of each row.
       encoded: an encoder's output, for models that have one.
       router_inputs: what single routers are given, see `RouterInputs`; a leading axis of MoE

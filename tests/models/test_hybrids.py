@@ -15,12 +15,12 @@ from moe_jax import generate
 from moe_jax.errors import UserError
 from moe_jax.layers.attention_config import AttentionConfig
 from moe_jax.layers.mamba_config import MambaConfig
-from moe_jax.models import DepthConfig
+from moe_jax.models import Decoder, DepthConfig
 
 # The same float32 sums in products of other shapes and orders.
 TOLERANCE = 1e-5
 CONFIG = tiny_config(
-  segments=(("mamba:dense attention:moe mamba:moe", 2),),
+  segments=(("mamba:moe attention:dense", 2),),
   attention=AttentionConfig(4, 2, 4, positions="none"),
   mamba=MambaConfig(inner_dim=12, step_rank=2, state_dim=4, scan_chunk=4),
   moe=dict(dispatch="ragged"),
@@ -41,7 +41,7 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("sizes", [(1,) * LENGTH, (4, 1, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(1,) * LENGTH, (4, 3)], ids=str)
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
 def test_cached_logits_equal_those_of_the_whole_sequence(mask, sizes):
   mask, (graph, params) = np.array(mask, bool), random_parameters(CONFIG)
@@ -55,9 +55,8 @@ def test_cached_logits_equal_those_of_the_whole_sequence(mask, sizes):
   assert relative_error(np.concatenate(logits, axis=1)[mask], whole[mask]) <= TOLERANCE
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_padded_prompts_continue_as_alone(use_cache):
-  model, new, width = random_model(CONFIG, 3), 4, 2
+def test_padded_prompts_continue_as_alone():
+  model, new, width = random_model(CONFIG, 3), 2, 2
   tokens = np.full((4, LENGTH + width), 11, np.int32)
   mask = np.zeros(tokens.shape, bool)
   for row, (prompt, start) in enumerate([(0, 0), (0, width), (1, 0), (1, width)]):
@@ -65,17 +64,15 @@ def test_padded_prompts_continue_as_alone(use_cache):
     tokens[row, place], mask[row, place] = TOKENS[prompt], True
   alone = np.asarray(generate(model, TOKENS, new))[:, LENGTH:]
   assert len(set(alone.ravel().tolist())) > 2
-  padded = generate(model, tokens, new, token_mask=mask, use_cache=use_cache)
+  padded = generate(model, tokens, new, token_mask=mask)
   np.testing.assert_array_equal(padded[:, LENGTH + width :], alone[[0, 0, 1, 1]])
 
 
 def test_packed_documents_have_the_logits_they_have_alone():
-  segments = np.tile([1, 1, 1, 2, 2, 2, 2], (2, 1))
-  packed = run(CONFIG, TOKENS, segment_ids=segments)
-  for part in (slice(0, 3), slice(3, LENGTH)):
-    assert relative_error(packed[:, part], run(CONFIG, TOKENS[:, part])) <= TOLERANCE
-  # Without segment ids the second document reads the first.
-  assert relative_error(run(CONFIG, TOKENS)[:, 3:], packed[:, 3:]) > 1e-3
+  tokens = random_tokens(CONFIG, 2, 8)
+  packed = run(CONFIG, tokens, segment_ids=np.tile([1, 1, 1, 1, 2, 2, 2, 2], (2, 1)))
+  alone = np.reshape(run(CONFIG, tokens.reshape(4, 4)), packed.shape)
+  assert relative_error(packed, alone) <= TOLERANCE
 
 
 def test_a_token_changes_no_logits_before_it_and_all_after():
@@ -89,15 +86,17 @@ def test_a_token_changes_no_logits_before_it_and_all_after():
 
 def test_a_cache_has_states_that_do_not_grow():
   few, many = (random_model(CONFIG).init_cache(2, slots).segments[0] for slots in (3, 9))
-  assert [cache.window.shape for cache in (few[0], many[2])] == [(2, 2, 3, 12)] * 2
-  assert [cache.state.shape for cache in (few[0], many[2])] == [(2, 2, 4, 12)] * 2
+  assert [cache.window.shape for cache in (few[0], many[0])] == [(2, 2, 3, 12)] * 2
+  assert [cache.state.shape for cache in (few[0], many[0])] == [(2, 2, 4, 12)] * 2
   assert (few[1].key.shape[2], many[1].key.shape[2]) == (3, 9)
 
 
 def test_further_tokens_are_predicted_through_a_mamba_block():
-  config = dataclasses.replace(CONFIG, mtp_depth=1)
-  _, aux = run(config, TOKENS, train=True, return_aux=True)
-  assert np.isfinite(aux.mtp_logits[0]).all()
+  config = dataclasses.replace(CONFIG, mtp_depth=1, segments=(("attention:dense mamba:moe", 1),))
+  model = nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0)))
+  call = functools.partial(model, train=True, return_aux=True)
+  _, aux = jax.eval_shape(call, jax.ShapeDtypeStruct((2, 5), jnp.int32))
+  assert [each.shape for each in aux.mtp_logits] == [(2, 5, config.vocab_size)]
 
 
 REFUSED = [
@@ -116,14 +115,3 @@ def test_refused_in_one_sentence(changes, message):
   with pytest.raises(UserError, match=message) as caught:
     dataclasses.replace(CONFIG, **changes)
   assert "\n" not in str(caught.value)
-
-
-def test_gradients_reach_every_parameter():
-  graph, params = random_parameters(CONFIG)
-
-  @jax.jit
-  def gradient(params):
-    return jax.grad(lambda p: jnp.sum(jnp.square(nnx.merge(graph, p)(TOKENS))))(params)
-
-  for path, value in nnx.to_flat_state(gradient(params)):
-    assert np.isfinite(value[...]).all() and np.any(value[...]), path

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 from tiny_models import DENSE, MOE, tiny_config
 
+from moe_jax.layers.mamba_config import MambaConfig
 from moe_jax.models import Decoder
 from moe_jax.moe import MoEConfig, preset
 from moe_jax.planning.count import count_parameters
@@ -47,6 +48,23 @@ def test_components_of_an_alternating_model_by_hand():
     "routed_experts": 2 * 2 * 2 * 3 * 8 * 6,
     "attention_scores": 4 * 2 * (2 * 16) * 5.5,
   }
+
+
+def test_components_of_a_hybrid_by_hand():
+  config = tiny_config(
+    segments=(("mamba:dense attention:dense", 2),),
+    mamba=MambaConfig(inner_dim=12, step_rank=3, state_dim=5, conv_width=4),
+  )
+  flops = forward_flops(config, 10)
+  # D = 8 to 2 * 12 and back, 12 to 3 + 2 * 5, 3 to 12, 4 places of 12 channels; 12 * 5 states.
+  matrices = 3 * 8 * 12 + 12 * 13 + 3 * 12 + 4 * 12
+  assert flops["mamba"] == 2 * 2 * matrices
+  assert flops["state_scan"] == 2 * 6 * 12 * 5
+  assert flops["attention_scores"] == 2 * 2 * (2 * 16) * 5.5
+  # A further token's block is like the last one.
+  deeper = dataclasses.replace(config, segments=(("attention:dense mamba:dense", 2),), mtp_depth=1)
+  block = matrices + 3 * 8 * 12 + 2 * 8 * 8 + 13 * 8
+  assert multi_token_flops_per_token(deeper, 10) == 3 * (2 * block + 6 * 12 * 5)
 
 
 def test_multi_token_prediction_by_hand():

@@ -7,7 +7,12 @@ from training import tiny
 
 from moe_jax.config.load import load_config
 from moe_jax.models import ModelConfig
-from moe_jax.planning.memory import cache_bytes_per_token, optimizer_bytes, weight_bytes
+from moe_jax.planning.memory import (
+  cache_bytes_per_sequence,
+  cache_bytes_per_token,
+  optimizer_bytes,
+  weight_bytes,
+)
 from moe_jax.training.config import OptimizerConfig, model_from
 from moe_jax.training.optimizer import make_optimizer
 from moe_jax.training.state import abstract_state
@@ -19,6 +24,8 @@ SOURCES = [
   "deepseek.py:v2",
   "llama4.py:tiny",
   "llama4.py:maverick_text",
+  "jamba.py:tiny",
+  "jamba.py:v0_1",
 ]
 
 
@@ -37,6 +44,23 @@ def test_a_token_takes_the_bytes_of_one_cache_slot(source):
   few, more = (jax.eval_shape(lambda n=n: model.init_cache(1, n)) for n in (7, 8))
   # One byte a slot tells whether it holds a token.
   assert bytes_of(more) - bytes_of(few) == cache_bytes_per_token(config) + 1
+
+
+@pytest.mark.parametrize("source", ["jamba.py:tiny", "jamba.py:v0_1", "mixtral.py:tiny"])
+def test_a_sequence_takes_the_bytes_of_its_states(source):
+  config = model_of(source)
+  model = abstract_model(config)
+  caches = jax.eval_shape(lambda: model.init_cache(3, 7)).segments
+  row = cache_bytes_per_sequence(config) + 7 * cache_bytes_per_token(config)
+  assert bytes_of(caches) == 3 * row
+
+
+def test_jambas_cache_is_the_papers():
+  # arXiv 2403.19887 Table 1: 4 GB for 256K tokens in 16 bits; its states are 16 MB more.
+  config = model_of("jamba.py:v0_1")
+  assert 256 * 1024 * cache_bytes_per_token(config) == 4 * 2**30
+  # In 28 layers of 8,192 channels: 3 places of 2 bytes, 16 states of 4.
+  assert cache_bytes_per_sequence(config) == 28 * 8192 * (3 * 2 + 16 * 4)
 
 
 def test_deepseeks_cache_is_the_papers():
