@@ -1,13 +1,14 @@
 """The tokenizer of a checkpoint of the hub: `tokenizer.json`, or else a SentencePiece model."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from moe_jax.choices import is_utf8
-from moe_jax.convert.hub_config import CONFIG_FILE, read_hub_config, read_object
+from moe_jax.convert.hub_config import CONFIG_FILE, HubConfig, read_hub_config, read_object
 from moe_jax.convert.sentencepiece_tokenizer import SENTENCEPIECE_FILE, SentencePieceTokenizer
 from moe_jax.errors import UserError
 
@@ -39,9 +40,15 @@ class HubTokenizer:
         more ids than its model; or the library that reads it is not installed.
     """
     folder = Path(folder)
+    hub = read_hub_config(folder)
     self._tokenizer = _read_tokenizer(folder)
-    _check_vocabulary(folder, self._tokenizer.num_pieces)
-    self.stop_ids = _read_stop_ids(folder)
+    vocab_size = _vocab_size(hub)
+    if self._tokenizer.num_pieces > vocab_size:
+      raise UserError(
+        f"the tokenizer of {folder} has {self._tokenizer.num_pieces} ids and {CONFIG_FILE}"
+        f" vocab_size = {vocab_size}; expected the tokenizer of this model"
+      )
+    self.stop_ids = _read_stop_ids(folder, hub, vocab_size)
 
   def encode(self, text: str) -> np.ndarray:
     """Returns the ids of a prompt, (L,) int32, begun as the model was trained to see texts begin.
@@ -111,24 +118,20 @@ def _load(path: Path) -> Any:
     raise UserError(f"{path} cannot be read ({error}); save or download it again") from None
 
 
-def _check_vocabulary(folder: Path, num_pieces: int) -> None:
-  hub = read_hub_config(folder)
+def _vocab_size(hub: HubConfig) -> int | float:
   size = hub.get("vocab_size", hub.section("text_config").get("vocab_size", None))
-  # What is no number is refused with the model's other settings.
-  if type(size) is int and num_pieces > size:
-    raise UserError(
-      f"the tokenizer of {folder} has {num_pieces} ids and {CONFIG_FILE} vocab_size = {size};"
-      " expected the tokenizer of this model"
-    )
+  # Where there is none, that is said with the model's other faults.
+  return math.inf if size is None else size
 
 
-def _read_stop_ids(folder: Path) -> tuple[int, ...]:
+def _read_stop_ids(folder: Path, hub: HubConfig, vocab_size: int | float) -> tuple[int, ...]:
   given = read_object(folder / _GENERATION_FILE).get("eos_token_id")
   if given is None:
-    given = read_hub_config(folder).get("eos_token_id", [])
+    given = hub.get("eos_token_id", [])
   ids = given if isinstance(given, list) else [given]
-  if not all(type(each) is int for each in ids):
+  if not all(type(each) is int and 0 <= each < vocab_size for each in ids):
     raise UserError(
-      f"{folder} has eos_token_id = {json.dumps(given)}; expected an id or a list of ids"
+      f"{folder} has eos_token_id = {json.dumps(given)}; expected an id of the vocabulary or a"
+      " list of ids"
     )
   return tuple(ids)

@@ -124,7 +124,9 @@ _KINDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
   (
     _is_section,
     "an object",
-    "rope_parameters rope_scaling quantization_config attn_config ffn_config ffn_act_fn",
+    """
+    rope_parameters rope_scaling quantization_config text_config attn_config ffn_config ffn_act_fn
+    """,
   ),
 )
 _KIND_OF = {name: (test, words) for test, words, names in _KINDS for name in names.split()}

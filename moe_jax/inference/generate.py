@@ -214,7 +214,7 @@ def _check_prompts(tokens, token_mask, vocab_size: int) -> None:
   if tokens.ndim != 2 or tokens.size == 0 or not jnp.issubdtype(tokens.dtype, jnp.integer):
     raise UserError(
       f"tokens have shape {tokens.shape} and dtype {tokens.dtype}; expected (batch,"
-      " length) integers with at least one prompt, and one token a prompt"
+      " length) integers with at least one prompt and at least one token a prompt"
     )
   if token_mask.shape != tokens.shape or token_mask.dtype != bool:
     raise UserError(

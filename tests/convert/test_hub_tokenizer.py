@@ -1,6 +1,7 @@
 """A checkpoint's tokenizer: ids, text, where it ends, and `moe-jax generate` with it."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -93,6 +94,8 @@ FAULTS = [
   (damage, "tokenizer.json cannot be read"),
   (uninstall, "needs the package tokenizers, which is not installed: pip install 'moe_jax[hf]'"),
   (lambda folder, _: write_stop(folder, "config.json", "end"), 'eos_token_id = "end"'),
+  (lambda folder, _: write_stop(folder, "generation_config.json", [2, 99]), "token_id = [2, 99]"),
+  (lambda folder, _: shutil.rmtree(folder), "checkpoint is not a folder"),
   (shrink_model, "has 16 ids and config.json vocab_size = 15"),
 ]
 
