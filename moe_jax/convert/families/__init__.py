@@ -11,6 +11,7 @@ from moe_jax.convert.families.deepseek_v1 import DEEPSEEK_V1
 from moe_jax.convert.families.glm4 import GLM4_MOE
 from moe_jax.convert.families.gpt_oss import GPT_OSS
 from moe_jax.convert.families.granite import GRANITE
+from moe_jax.convert.families.llama import LLAMA, MISTRAL
 from moe_jax.convert.families.llama4 import LLAMA4
 from moe_jax.convert.families.mixtral import MIXTRAL
 from moe_jax.convert.families.olmoe import OLMOE
@@ -30,6 +31,8 @@ FAMILIES = (
   *(MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE, DEEPSEEK_V1, DEEPSEEK_V2, DEEPSEEK_V3, LLAMA4),
   *(GRANITE, DBRX, GLM4_MOE, GPT_OSS, PHIMOE),
 )
+# Read, to be upcycled, and never written.
+_DENSE = (LLAMA, MISTRAL)
 
 _MOST_DIFFERENCES = 4
 # What says how to train or to compute, and not which function the parameters are.
@@ -56,10 +59,10 @@ def family_in(hub: HubConfig) -> Family:
     UserError: it names none that is known, with the nearest one.
   """
   named = [*hub.get("architectures", []), *filter(None, [hub.get("model_type", None)])]
-  for family in FAMILIES:
+  for family in FAMILIES + _DENSE:
     if family.architecture in named or family.model_type in named:
       return family
-  known = [family.architecture for family in FAMILIES]
+  known = [family.architecture for family in FAMILIES + _DENSE]
   name = str(named[0]) if named else "nothing"
   raise UserError(
     f"{CONFIG_FILE} names the architecture {name!r}, which is not known;"
