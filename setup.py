@@ -23,6 +23,7 @@ _REQUIREMENTS = [
   "orbax-checkpoint>=0.12.8",
   "rich>=15.0",
   "safetensors>=0.8",
+  "scipy>=1.14",
   "tensorflow-datasets>=4.9.10",
 ]
 

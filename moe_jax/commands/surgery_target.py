@@ -110,10 +110,10 @@ def _check_stream(source: Source, config: ExperimentConfig, schedule: Schedule) 
   if schedule == Schedule.RESET or source.place is None:
     return
   old, step = source.config, int(source.state.step)
-  if config.steps < step:
+  if config.steps <= step:
     raise UserError(
-      f"steps = {config.steps} is refused: the source stands at step {step}; use --set=steps=N with"
-      " a larger N, or --schedule=reset"
+      f"steps = {config.steps} is refused: the source stands at step {step}, so no step would follow;"
+      " use --set=steps=N with a larger N, or --schedule=reset"
     )
   same_stream = config.data == old.data and stream_of(config, source.data) == stream_of(
     old, source.data

@@ -20,7 +20,7 @@ class Family:
     read: the hub's settings -> our config.
     write: our config -> the hub's settings, without those two names. It may take for granted that
       the config has experts and no mixers but `mixers`; `moe_jax.convert.families.family_of`
-      tells whether what it wrote means the config.
+      tells whether what it wrote means the config. None where models are read alone.
     rules: the table of tensors.
     ignored: regular expressions of tensors that checkpoints may have and a model does not need;
       "{prediction}" stands for the numbers of the layers of multi-token prediction, after the last.
@@ -32,7 +32,7 @@ class Family:
   model_type: str
   mixers: tuple[str, ...]
   read: Callable[[HubConfig], ModelConfig]
-  write: Callable[[ModelConfig], dict[str, Any]]
+  write: Callable[[ModelConfig], dict[str, Any]] | None
   rules: tuple[Rule, ...]
   ignored: tuple[str, ...] = ()
   encoder_decoder: bool = False

@@ -88,7 +88,7 @@ def test_an_upcycled_layer_is_the_dense_one(network, options, routing):
   assert approximations(target, UpcycleOptions(**options)) == []
 
 
-@pytest.mark.parametrize("layers", ["last_half", "0,2,3"])
+@pytest.mark.parametrize("layers", ["0,2,3"])
 def test_an_upcycled_model_has_the_dense_models_logits(layers):
   options = dict(parts=2, shared_parts=1, **GROUPS)
   routing = preset("mixtral", num_experts=4)
@@ -106,10 +106,19 @@ def test_depth_blocks_and_multi_token_prediction_are_upcycled_too():
   source = dense_config(segments, depth=depth, mtp_depth=1)
   source, target, operation = upcycled({}, preset("mixtral", num_experts=3), source, layers="1,2")
   assert sorted(operation.edits) == [1, 2, 3]
-  leaves, tokens = random_leaves(source), random_tokens(source, 2, 6)
+  leaves = random_leaves(source)
   made = operation.apply(leaves)
   assert {path: a.shape for path, a in made.items()} == parameter_shapes(target)
-  assert relative_error(logits_of(target, made, tokens), logits_of(source, leaves, tokens)) < 1e-5
+  # The layers became three segments of one.
+  blocks = {
+    ("segments", 1, "blocks", 0, "block"): ("segments", 0, "blocks", 1, "block"),
+    ("segments", 2, "blocks", 0): ("segments", 1, "blocks", 0),
+    ("mtp", 0, "segment", "blocks", 0): ("mtp", 0, "segment", "blocks", 0),
+  }
+  for new, old in blocks.items():
+    experts = made[*new, "feed_forward", "experts", "weights", "up"]
+    dense = leaves[*old, "feed_forward", "weights", "up"]
+    np.testing.assert_array_equal(experts, np.stack([dense] * 3, axis=1))
 
 
 def test_raw_weights_are_scaled_by_what_they_add_up_to_where_logits_are_equal():
@@ -230,7 +239,8 @@ def test_moments_are_divided_by_what_scales_their_parameter():
 
 
 def test_gradients_reach_router_and_every_copy_that_got_tokens():
-  source, target, operation = upcycled({}, preset("mixtral", num_experts=4), layers="all")
+  config = dense_config((("attention:dense", 1),))
+  source, target, operation = upcycled({}, preset("mixtral", num_experts=4), config, layers="all")
   leaves, tokens = random_leaves(source), random_tokens(source, 4, 12)
   graph, state = nnx.split(model_of(target, operation.apply(leaves)))
 

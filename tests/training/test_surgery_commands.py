@@ -100,7 +100,7 @@ def test_an_upcycled_run_goes_on_with_the_same_data_and_the_same_loss(dense, spa
 
 def test_pruning_takes_the_rows_of_the_source_but_for_its_routers(sparse, tmp_path, capsys):
   out = tmp_path / "pruned"
-  note = convert("prune", capsys, workdir=sparse, out=out, num_experts=2)
+  note = convert("prune", capsys, workdir=sparse, out=out, num_experts=2, set="steps=4")
   config, state, _ = load_state(out)
   assert config.model.moe.routing.num_experts == 2 and int(state.step) == note["step"] == 3
   # One step does not set copies of one network far apart.
@@ -183,6 +183,11 @@ REFUSED = {
   "--batches=0 is refused": ["upcycle", "--batches=0"],
   "exists and is not an empty folder": ["upcycle", "--out={dense}"],
   "preset 'mixtrall' does not exist": ["upcycle", "--preset=mixtrall"],
+  "steps = 3 is refused: the source stands at step 3": [
+    "upcycle",
+    "--workdir={dense}",
+    "--layers=0",
+  ],
   "steps = 1 is refused: the source stands at step 3": [
     *("upcycle", "--workdir={dense}", "--layers=all", "--set=steps=1"),
   ],
@@ -190,6 +195,7 @@ REFUSED = {
     "upcycle",
     "--workdir={dense}",
     "--layers=all",
+    "--step=2",
     "--set=seed=1",
   ],
   "contradicts --scaling=router": [
@@ -202,6 +208,7 @@ REFUSED = {
     "upcycle",
     "--workdir={dense}",
     "--layers=all",
+    "--step=2",
     "--set=model.num_heads=4",
   ],
   "has no step 1": ["upcycle", "--workdir={dense}", "--step=1"],

@@ -12,6 +12,7 @@ from moe_jax.convert.families.glm4 import GLM4_MOE
 from moe_jax.convert.families.gpt_oss import GPT_OSS
 from moe_jax.convert.families.granite import GRANITE
 from moe_jax.convert.families.jamba import JAMBA
+from moe_jax.convert.families.llama import LLAMA, MISTRAL
 from moe_jax.convert.families.llama4 import LLAMA4
 from moe_jax.convert.families.mixtral import MIXTRAL
 from moe_jax.convert.families.nllb import NLLB_MOE
@@ -34,6 +35,8 @@ FAMILIES = (
   *(MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE, DEEPSEEK_V1, DEEPSEEK_V2, DEEPSEEK_V3, LLAMA4),
   *(GRANITE, DBRX, GLM4_MOE, GPT_OSS, PHIMOE, JAMBA, SWITCH, NLLB_MOE),
 )
+# Read, to be upcycled, and never written.
+_DENSE = (LLAMA, MISTRAL)
 
 _MOST_DIFFERENCES = 4
 # What says how to train or to compute, and not which function the parameters are.
@@ -61,10 +64,10 @@ def family_in(hub: HubConfig) -> Family:
     UserError: it names none that is known, with the nearest one.
   """
   named = [*hub.get("architectures", []), *filter(None, [hub.get("model_type", None)])]
-  for family in FAMILIES:
+  for family in FAMILIES + _DENSE:
     if family.architecture in named or family.model_type in named:
       return family
-  known = [family.architecture for family in FAMILIES]
+  known = [family.architecture for family in FAMILIES + _DENSE]
   name = named[0] if named else ""
   given = f"the architecture {name!r}, which is not known" if name else "no architecture"
   raise UserError(f"{CONFIG_FILE} names {given}; {did_you_mean(name, known)}")
