@@ -4,7 +4,7 @@
   configs/phi_moe.py:3_5   41.87 B total, 6.64 B active, 42.3 GFLOP
 
 Size of the release: LayerNorm, and biases in attention and on the logits. Its stretching of rotary
-positions beyond 4,096 (longrope) is left out.
+positions beyond 4,096 (longrope) is left out; a checkpoint that is loaded has it.
 
 GFLOP: to train on a token of a sequence of 4,096. Memory and more:
 `moe-jax plan --config=configs/phi_moe.py:3_5`.

@@ -10,7 +10,7 @@ from flax import nnx
 
 from moe_jax.layers.attention_config import AttentionConfig
 from moe_jax.layers.mlp import Activation, FeedForwardConfig
-from moe_jax.models import Decoder, ModelConfig
+from moe_jax.models import Model, ModelConfig, make_model
 from moe_jax.moe import MoEConfig, Overflow, RoutingConfig, Weighting
 
 ALTERNATING = (("attention:dense attention:moe", 2),)
@@ -57,8 +57,8 @@ def tiny_config(
 
 @functools.cache
 def random_parameters(config: ModelConfig, seed: int = 0) -> tuple[nnx.GraphDef, nnx.State]:
-  """Returns a decoder's graph and random parameters; norm scales are random too, not ones."""
-  graph, shapes = nnx.split(nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0))))
+  """Returns a model's graph and random parameters; norm scales are random too, not ones."""
+  graph, shapes = nnx.split(nnx.eval_shape(lambda: make_model(config, key=jax.random.key(0))))
   rng = np.random.default_rng(seed)
 
   def draw(param):
@@ -70,8 +70,8 @@ def random_parameters(config: ModelConfig, seed: int = 0) -> tuple[nnx.GraphDef,
   return graph, jax.tree.map(draw, shapes, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
-def random_model(config: ModelConfig, seed: int = 0) -> Decoder:
-  """Returns a decoder with the random parameters of that config and seed."""
+def random_model(config: ModelConfig, seed: int = 0) -> Model:
+  """Returns a model with the random parameters of that config and seed."""
   return nnx.merge(*random_parameters(config, seed))
 
 
@@ -81,14 +81,14 @@ def random_tokens(config: ModelConfig, *shape: int, seed: int = 1) -> np.ndarray
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "train", "return_aux"))
-def forward(graph, params, tokens, **call):
-  """Runs a decoder compiled; equal configs share the compiled program."""
-  return nnx.merge(graph, params)(tokens, **call)
+def forward(graph, params, *tokens, **call):
+  """Runs a model compiled; equal configs share the compiled program."""
+  return nnx.merge(graph, params)(*tokens, **call)
 
 
-def run(config: ModelConfig, tokens, *, seed: int = 0, **call):
-  """Runs the decoder with the random parameters of that config and seed."""
-  return forward(*random_parameters(config, seed), jnp.asarray(tokens), **call)
+def run(config: ModelConfig, *tokens, seed: int = 0, **call):
+  """Runs the model with the random parameters of that config and seed."""
+  return forward(*random_parameters(config, seed), *map(jnp.asarray, tokens), **call)
 
 
 def oracle_weights(config: ModelConfig, params: nnx.State) -> dict:
@@ -98,7 +98,7 @@ def oracle_weights(config: ModelConfig, params: nnx.State) -> dict:
   for index, segment in enumerate(config.parsed_segments()):
     stacked = tree["segments"][index]["blocks"]
     for repeat in range(segment.repeats):
-      blocks += [_oracle_block(stacked[i], repeat) for i in range(len(segment.pattern))]
+      blocks += [oracle_block(stacked[i], repeat) for i in range(len(segment.pattern))]
   head = tree["embedding"].T if config.tie_embeddings else tree["head"]
   return {
     "embedding": tree["embedding"],
@@ -108,13 +108,16 @@ def oracle_weights(config: ModelConfig, params: nnx.State) -> dict:
   }
 
 
-def _oracle_block(stacked: dict, repeat: int) -> dict:
+def oracle_block(stacked: dict, repeat: int) -> dict:
+  """Returns one repeat of a block of a segment, as `oracles.decoder.block` takes it."""
   tree = jax.tree.map(lambda a: a[repeat], stacked)
   block = {
     "mixer_norm": tree["mixer_norm"]["scale"],
     "feed_forward_norm": tree["feed_forward_norm"]["scale"],
     "attention": tree["mixer"],
   }
+  if "cross_attention" in tree:
+    block |= {"cross": tree["cross_attention"], "cross_norm": tree["cross_norm"]["scale"]}
   feed_forward = tree["feed_forward"]
   if "router" not in feed_forward:
     return block | {"dense": _oracle_network(feed_forward["weights"])}

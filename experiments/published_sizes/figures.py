@@ -5,12 +5,15 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-  """A model and its printed counts, such as "46.7B"; the note says why they differ if they do."""
+  """A model and its printed counts, such as "46.7B", None where there is none to quote.
+
+  The note says why they differ from the exact ones if they do.
+  """
 
   name: str
   config: str
-  total: str
-  active: str
+  total: str | None
+  active: str | None
   note: str = ""
 
 
@@ -119,6 +122,45 @@ FIGURES = (
     "32B",
     "printed total is without embeddings and with multi-token prediction: 351.2B + 4.0B",
   ),
+  *(
+    Figure(f"Switch-Base, {n} experts", f"configs/switch.py:base_{n}", total, None)
+    for n, total in ((8, None), (16, None), (32, None), (64, None), (128, "7B"), (256, "14.7B"))
+  ),
+  Figure("Switch-Large, 128 experts", "configs/switch.py:large_128", "26B", None),
+  Figure(
+    "Switch-XXL",
+    "configs/switch.py:xxl",
+    "395B",
+    None,
+    "with 128 experts; the 64 that the paper's Table 9 prints beside it come to about half",
+  ),
+  Figure("Switch-C", "configs/switch.py:c", "1571B", None),
+  Figure(
+    "GShard 2048E, 36L",
+    "configs/gshard.py:600b",
+    "600B",
+    None,
+    "619B by arithmetic, 618B of it experts; 36 layers in all, vocabulary assumed",
+  ),
+  Figure(
+    "GShard 2048E, 12L", "configs/gshard.py:200b", "200B", None, "206B by arithmetic, as above"
+  ),
+  Figure(
+    "GShard 512E, 36L", "configs/gshard.py:150b", "150B", None, "155B by arithmetic, as above"
+  ),
+  Figure("GShard 512E, 12L", "configs/gshard.py:50b", "50B", None, "52B by arithmetic, as above"),
+  Figure("GShard 128E, 36L", "configs/gshard.py:37b", "37B", None, "39B by arithmetic, as above"),
+  Figure(
+    "GShard 128E, 12L", "configs/gshard.py:12_5b", "12.5B", None, "13.2B by arithmetic, as above"
+  ),
+  Figure(
+    "NLLB-MoE 54B",
+    "configs/nllb_moe.py:54b",
+    "54.5B",
+    "3.3B",
+    "printed active figure unexplained: 3.75B with, 3.23B without the embedding",
+  ),
+  Figure("Jamba", "configs/jamba.py:v0_1", "52B", "12B"),
   Figure("Granite 3.0 1B-A400M", "configs/granite_moe.py:1b_a400m", "1.3B", "400M", _ROUND),
   Figure("Granite 3.0 3B-A800M", "configs/granite_moe.py:3b_a800m", "3.3B", "800M", _ROUND),
 )
@@ -145,6 +187,11 @@ CLAIMS = (
     "36 times too many; models of that size are others, such as Switch-C (1.57T)",
   ),
   Claim("Mixtral 8x22B has 176B parameters", "configs/mixtral.py:8x22b", "8 x 22, as above"),
+  Claim(
+    "Switch-XXL has 64 experts",
+    "configs/switch.py:xxl",
+    "printed in the paper's Table 9 beside 395B, which takes 128",
+  ),
   Claim(
     "GLaM 1.7B/32E has 20B parameters",
     "configs/glam.py:1_7b_32e",

@@ -36,15 +36,19 @@ def count(config: str) -> ParameterCount:
   return count_parameters(model_from(load_config(config).to_dict()))
 
 
-def agrees(exact: int, printed: str) -> bool:
-  """Tells whether a number, rounded to the digits of the printed one, is that one."""
+def agrees(exact: int, printed: str | None) -> bool:
+  """Tells whether a number, rounded to the digits of the printed one, is that one, if any."""
+  if printed is None:
+    return True
   digits, unit = re.fullmatch(r"([\d.]+)([MBT])", printed).groups()
   decimals = len(digits.partition(".")[2])
   return f"{exact / _UNITS[unit]:.{decimals}f}" == digits
 
 
-def convention(exact: ParameterCount, printed: str) -> str | None:
+def convention(exact: ParameterCount, printed: str | None) -> str | None:
   """Returns the first convention under which the active parameters are the printed figure."""
+  if printed is None:
+    return "not printed"
   conventions = {
     "all": exact.active,
     "without input embedding": exact.active_without_input_embedding,
@@ -55,9 +59,9 @@ def convention(exact: ParameterCount, printed: str) -> str | None:
 
 def _row(figure: Figure) -> str:
   exact = count(figure.config)
-  total = figure.total if agrees(exact.total, figure.total) else f"**{figure.total}**"
+  total = (figure.total or "-") if agrees(exact.total, figure.total) else f"**{figure.total}**"
   found = convention(exact, figure.active)
-  active = figure.active if found else f"**{figure.active}**"
+  active = (figure.active or "-") if found else f"**{figure.active}**"
   cells = (
     figure.name,
     f"`{figure.config.removeprefix('configs/')}`",

@@ -7,7 +7,7 @@ from flax import nnx
 
 from moe_jax.choices import did_you_mean
 from moe_jax.errors import UserError
-from moe_jax.models import Decoder, ModelConfig
+from moe_jax.models import ModelConfig, make_model
 from moe_jax.moe import RoutingConfig
 from moe_jax.moe.dispatch import Dispatch
 from moe_jax.moe.registry import Chooser
@@ -78,7 +78,7 @@ def _dispatch(routing: RoutingConfig) -> Dispatch:
 
 
 def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
-  return nnx.split(nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0))))
+  return nnx.split(nnx.eval_shape(lambda: make_model(config, key=jax.random.key(0))))
 
 
 def _shapes(config: ModelConfig) -> dict:

@@ -10,7 +10,7 @@ from flax import nnx
 
 from moe_jax.analysis.causality import batch_causes, differs, future_causes, verdict
 from moe_jax.analysis.routed_sample import by_row, decisions
-from moe_jax.models import Decoder, ModelConfig
+from moe_jax.models import ModelConfig, make_model
 
 # Rounding steps of the activations' dtype, relative to the largest value, by which a logit or a
 # weight may move without a leak: other rows in an expert's buffer change the order of sums.
@@ -98,7 +98,7 @@ def _initial(config, seed):
   """Returns the model's graph and random parameters."""
 
   def model():
-    return Decoder(config, key=jax.random.key(seed))
+    return make_model(config, key=jax.random.key(seed))
 
   graph = nnx.split(nnx.eval_shape(model))[0]
   return graph, jax.jit(lambda: nnx.split(model())[1], compiler_options=_compiler_options())()

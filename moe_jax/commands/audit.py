@@ -57,6 +57,8 @@ def _at_sample_size(name: str) -> RoutingConfig:
 
 def _audit_config(mapping: ConfigDict, source: str, seed: int) -> None:
   experiment = experiment_from(mapping.to_dict())
+  if experiment.model.encoder is not None:
+    raise UserError(f"{source} is an encoder-decoder, whose encoder sees later tokens by design")
   length = min(experiment.data.sequence_length, 2 * _LENGTH)
   print(
     f"model {source} at random parameters: {_ROWS} rows of {length} random tokens, seed {seed};\n"

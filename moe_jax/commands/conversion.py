@@ -1,5 +1,6 @@
 """The command `moe-jax convert`."""
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ from moe_jax.commands.source import check_source
 from moe_jax.convert import load_pretrained, save_pretrained
 from moe_jax.convert.families import family_of
 from moe_jax.convert.saving import check_free
-from moe_jax.models import Decoder, ModelConfig
+from moe_jax.models import Model, ModelConfig
 from moe_jax.training.saved_run import load_run
 from moe_jax.training.state import model_graph
 
@@ -34,10 +35,15 @@ def convert(args: SimpleNamespace) -> None:
   print(f"{family_of(config).architecture}, {size:,} numbers, in {args.out}")
 
 
-def _trained(workdir: Path, step: int | None) -> tuple[Decoder, ModelConfig]:
-  """Returns the model of a run, dropless: no original drops tokens outside training."""
+def _trained(workdir: Path, step: int | None) -> tuple[Model, ModelConfig]:
+  """Returns the model of a run, and its config as the originals have it outside training.
+
+  That is dropless, and without layers of multi-token prediction, which the model still has.
+  """
   experiment, _, state = load_run(workdir, step)
   config = experiment.model.dropless()
   if config != experiment.model:
     print("note: the run's router drops tokens when experts are full; the checkpoint's never does")
-  return nnx.merge(model_graph(config), state), config
+  if config.mtp_depth:
+    print("note: the layers of multi-token prediction, which only training uses, are left out")
+  return nnx.merge(model_graph(config), state), dataclasses.replace(config, mtp_depth=0)

@@ -53,6 +53,8 @@ def trace(args: SimpleNamespace) -> None:
   config, step, model = load_run(workdir, args.step)
   if config.model.moe is None:
     raise UserError(f"{workdir} holds a model without experts: there is nothing to record")
+  if config.model.encoder is not None:
+    raise UserError(f"{workdir} holds an encoder-decoder; traces are of decoders alone")
   graph = model_graph(config.model.dropless())
 
   @jax.jit

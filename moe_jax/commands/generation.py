@@ -45,7 +45,9 @@ def _continue_run(args: SimpleNamespace, sampling: dict[str, Any]) -> str:
     print("note: trained with drops when experts are full, continued without", file=sys.stderr)
   model = nnx.merge(model_graph(dropless), params)
   tokenizer = get_tokenizer(config.data.tokenizer)
-  return continue_text(model, tokenizer, args.prompt, args.max_new_tokens, **sampling)
+  return continue_text(
+    model, tokenizer, args.prompt, args.max_new_tokens, question=config.question, **sampling
+  )
 
 
 def _continue_checkpoint(args: SimpleNamespace, sampling: dict[str, Any]) -> str:

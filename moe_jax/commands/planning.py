@@ -108,11 +108,15 @@ def _costs(plan: Plan) -> Table:
   further = plan.multi_token_prediction_flops_per_token_training
   if further:
     rows.insert(2, ("multi-token FLOPs", _compact(further), "in training, on top"))
+  if plan.cache_bytes_per_sequence:
+    kept = f"{plan.cache_bytes_per_sequence:,}"
+    rows.insert(-3, ("cache bytes a sequence", kept, "states, whatever its length"))
   if plan.dispatch_form is not None:
     form = f"dispatch = {plan.dispatch_form}, batch of {B}"
+    before = [row[0] for row in rows].index("cache bytes a token")
     extra = plan.dispatch_flops_per_token_forward + plan.empty_slot_flops_per_token_forward
-    rows.insert(-4, ("rows experts compute a token", f"{plan.slots_per_token:.4g}", form))
-    rows.insert(-4, ("FLOPs of moves, empty slots", _compact(extra), "forward, on top"))
+    rows.insert(before, ("rows experts compute a token", f"{plan.slots_per_token:.4g}", form))
+    rows.insert(before + 1, ("FLOPs of moves, empty slots", _compact(extra), "forward, on top"))
   for row in rows:
     table.add_row(*row)
   table.columns[2].justify = "left"

@@ -16,7 +16,7 @@ from moe_jax.analysis.routing import ExpertTokenCounts
 from moe_jax.data.builders import PreparedData
 from moe_jax.data.loader import eval_batches
 from moe_jax.inference.text import continue_text
-from moe_jax.models import Decoder
+from moe_jax.models import Model
 from moe_jax.moe.groups import to_groups
 from moe_jax.planning.count import count_parameters
 from moe_jax.planning.flops import training_flops_per_token
@@ -67,18 +67,24 @@ def summarize(
   }
 
 
-def sample(config: ExperimentConfig, data: PreparedData, model: Decoder) -> dict[str, Any]:
+def sample(config: ExperimentConfig, data: PreparedData, model: Model) -> dict[str, Any]:
   """Returns the prompt, its continuation and the temperature; a function of the run's seed."""
   c = config.sample
   key = stream_key(config.seed, Stream.SAMPLE)
   text = continue_text(
-    model, data.tokenizer, c.prompt, c.max_new_tokens, temperature=c.temperature, key=key
+    model,
+    data.tokenizer,
+    c.prompt,
+    c.max_new_tokens,
+    temperature=c.temperature,
+    key=key,
+    question=config.question,
   )
   return {"prompt": c.prompt, "text": text, "temperature": c.temperature}
 
 
 def expert_tokens(
-  config: ExperimentConfig, data: PreparedData, model: Decoder
+  config: ExperimentConfig, data: PreparedData, model: Model
 ) -> list[dict[str, Any]]:
   """Returns, for each MoE layer, the share of held-out tokens and the top tokens of each expert."""
   layers = config.model.moe_layers()
@@ -92,12 +98,14 @@ def expert_tokens(
     return [(plan.expert, plan.valid, plan.token) for plan in aux.plans]
 
   routing = config.model.moe.routing
-  counts = [ExpertTokenCounts(routing.num_experts, data.vocab_size) for _ in layers]
-  for batch in eval_batches(data.heldout, config.batch_size):
-    for count, (expert, valid, token) in zip(
-      counts, jax.device_get(experts_of(params, batch)), strict=True
-    ):
-      ids = np.take_along_axis(np.asarray(to_groups(batch["tokens"], routing)), token, axis=1)
+  encoder = config.model.encoder_stack()
+  first_decoder_layer = 0 if encoder is None else len(encoder.layers())
+  counts = [ExpertTokenCounts(routing.num_experts, config.model.vocab_size) for _ in layers]
+  for batch in eval_batches(data.heldout, config.batch_size, transform=config.pair_maker):
+    found = jax.device_get(experts_of(params, batch))
+    for layer, count, (expert, valid, token) in zip(layers, counts, found, strict=True):
+      read = batch["source_tokens" if layer < first_decoder_layer else "tokens"]
+      ids = np.take_along_axis(np.asarray(to_groups(read, routing)), token, axis=1)
       count.add(ids, expert[..., None], valid)
 
   def decode(token):

@@ -23,7 +23,9 @@ class Family:
       tells whether what it wrote means the config.
     rules: the table of tensors.
     ignored: regular expressions of tensors that checkpoints may have and a model does not need;
-      "{layers}" stands for the number of blocks.
+      "{prediction}" stands for the numbers of the layers of multi-token prediction, after the last.
+    encoder_decoder: its models have an encoder.
+    drops: the original drops tokens outside training too, where an expert is full.
   """
 
   architecture: str
@@ -33,6 +35,8 @@ class Family:
   write: Callable[[ModelConfig], dict[str, Any]]
   rules: tuple[Rule, ...]
   ignored: tuple[str, ...] = ()
+  encoder_decoder: bool = False
+  drops: bool = False
 
 
 def as_segments(blocks: list[str]) -> tuple[tuple[str, int], ...]:

@@ -23,6 +23,7 @@ _ALIASES = (
   ("num_attention_heads", "n_heads"),
   ("num_key_value_heads", "kv_n_heads"),
   ("router_aux_loss_coef", "moe_loss_weight"),
+  ("num_nextn_predict_layers", "num_mtp_layers"),
 )
 _ALIASES_OF = {name: names for names in _ALIASES for name in names}
 
@@ -33,7 +34,13 @@ _ACTIVATIONS = {
   "gelu": Activation.GELU_EXACT,
   "gelu_new": Activation.GELU,
   "gelu_pytorch_tanh": Activation.GELU,
+  "gelu_fast": Activation.GELU,
+  "gelu_accurate": Activation.GELU,
+  "gelu_python": Activation.GELU_EXACT,
+  "gelu_python_tanh": Activation.GELU,
+  "quick_gelu": Activation.QUICK_GELU,
   "relu": Activation.RELU,
+  "relu2": Activation.SQUARED_RELU,
 }
 
 # Names of the fields of `RopeScaling` where the hub has others.
@@ -48,6 +55,8 @@ _SCALING_KEYS = {
   "attention_factor": "attention_factor",
   "low_freq_factor": "low_freq_factor",
   "high_freq_factor": "high_freq_factor",
+  "short_factors": "short_factor",
+  "long_factors": "long_factor",
 }
 _FIELDS_OF = {
   RopeScalingKind.LINEAR: ("factor",),
@@ -58,11 +67,22 @@ _FIELDS_OF = {
     "low_freq_factor",
     "high_freq_factor",
   ),
+  RopeScalingKind.LONGROPE: (
+    "factor",
+    "original_max_position",
+    "short_factors",
+    "long_factors",
+    "attention_factor",
+  ),
 }
 
 
 class HubConfig:
-  """Reads the settings of one model; an absent and a null setting are the same."""
+  """Reads the settings of one model; an absent and a null setting are the same.
+
+  They differ where the original's class has a value for what is absent and another meaning of null:
+  `with_defaults` enters those values.
+  """
 
   def __init__(self, values: Mapping[str, Any]):
     self.values = dict(values)
@@ -77,28 +97,20 @@ class HubConfig:
       if self.values.get(alias) is not None:
         check_setting(alias, self.values[alias], CONFIG_FILE)
         return self.values[alias]
+    if default is _NEEDED and name in self.values:
+      raise UserError(f"{CONFIG_FILE} has {name} = null; expected a value")
     if default is _NEEDED:
       raise UserError(f"{CONFIG_FILE} has no {name!r}; {did_you_mean(name, self.values)}")
     return default
 
-  def each_layer(self, name: str, default: list[Any], kinds: tuple[Any, ...] = ()) -> list[Any]:
-    """Returns a list that has one entry a layer, `default` if it is absent or empty.
-
-    Raises:
-      UserError: it has another length than `default`, or an entry that is not one of `kinds`.
-    """
-    given = self.get(name, []) or default
-    for each in given:
-      if kinds and each not in kinds:
-        raise UserError(
-          f"{CONFIG_FILE} has {each!r} among {name}, which is not supported;"
-          f" {did_you_mean(str(each), map(str, kinds))}"
-        )
-    if len(given) != len(default):
-      raise UserError(
-        f"{CONFIG_FILE} has {len(given)} {name}, expected num_hidden_layers = {len(default)}"
-      )
-    return given
+  def with_defaults(self, **defaults: Any) -> "HubConfig":
+    """Returns the settings with these where the file has none; a null one stays null."""
+    absent = {
+      name: value
+      for name, value in defaults.items()
+      if not any(alias in self.values for alias in _ALIASES_OF.get(name, (name,)))
+    }
+    return HubConfig({**self.values, **absent})
 
   def section(self, name: str) -> "HubConfig":
     """Returns the settings of a nested section, empty if it is absent."""
@@ -117,9 +129,9 @@ class HubConfig:
         f"{CONFIG_FILE} has {name} = {json.dumps(given)}, which is not supported: expected {wanted}"
       )
 
-  def activation(self, name: str = "hidden_act") -> Activation:
-    """Returns the nonlinearity, silu if it is absent."""
-    given = str(self.get(name, "silu"))
+  def activation(self, name: str = "hidden_act", default: str = "silu") -> Activation:
+    """Returns the nonlinearity, that of the name `default` if it is absent."""
+    given = str(self.get(name, default))
     if given not in _ACTIVATIONS:
       raise UserError(
         f"{CONFIG_FILE} has {name} = {given!r}, which is not supported;"
@@ -127,38 +139,88 @@ class HubConfig:
       )
     return _ACTIVATIONS[given]
 
-  def rope(
-    self, default_theta: float = 10_000.0, default_part: float = 1.0
-  ) -> tuple[float, RopeScaling | None, float]:
-    """Returns theta, the scaling and the rotated part of a head.
+  def layer_types(self, kinds: tuple[str, ...], default: list[str]) -> list[str]:
+    """Returns what every layer attends to.
 
-    Reads `rope_parameters`, which holds everything, and the older `rope_theta` beside
-    `rope_scaling`, whose kind is called "rope_type" or "type".
+    Args:
+      kinds: those that the family knows.
+      default: of every layer, where the file has no list.
 
     Raises:
-      UserError: a kind of scaling that is not one of `RopeScalingKind`.
+      UserError: another kind, or a list of another length.
     """
-    given = HubConfig({**self.get("rope_scaling", {}), **self.get("rope_parameters", {})})
-    theta = given.get("rope_theta", self.get("rope_theta", default_theta))
-    partial = self.get("partial_rotary_factor", default_part)
-    partial = given.get("partial_rotary_factor", partial)
-    kind = given.get("rope_type", given.get("type", "default"))
+    given = self.get("layer_types", default)
+    if len(given) != len(default) or not set(given) <= set(kinds):
+      raise UserError(
+        f"{CONFIG_FILE} has layer_types = {given}, which is not supported: expected"
+        f" {len(default)} of {', '.join(kinds)}"
+      )
+    return given
+
+  def rope(
+    self, default_theta: float = 10_000.0, *, partial: bool = False
+  ) -> tuple[float, RopeScaling | None]:
+    """Returns theta and the scaling.
+
+    Reads `rope_parameters`, which holds everything, and the older `rope_theta` beside
+    `rope_scaling`, whose kind is called "rope_type" or "type" and which wins where both are given.
+
+    Args:
+      default_theta: where the file has none.
+      partial: whether the family rotates a part of a head, see `rotated_part`. The code of the
+        others rotates all of it whatever the file says, and a file that says otherwise is refused.
+
+    Raises:
+      UserError: a kind of scaling that is not one of `RopeScalingKind`, one of each layer type, or
+        a part of a head.
+    """
+    given = self.rope_settings()
+    if not partial and self.rotated_part() != 1.0:
+      raise UserError(
+        f"{CONFIG_FILE} has partial_rotary_factor = {self.rotated_part()}, which is not supported:"
+        " expected 1.0"
+      )
+    if nested := [name for name, value in given.items() if isinstance(value, dict)]:
+      raise UserError(
+        f"{CONFIG_FILE} has rope settings for {', '.join(nested)} apart, which is not supported:"
+        " expected the same for all layers"
+      )
+    theta = given.get("rope_theta") or self.get("rope_theta", default_theta)
+    kind = given.get("rope_type") or given.get("type") or "default"
     if kind == "default":
-      return float(theta), None, float(partial)
+      return float(theta), None
     if kind not in list(RopeScalingKind):
       raise UserError(
         f"{CONFIG_FILE} has the rope scaling {kind!r}, which is not supported: expected one of"
         f" default, {', '.join(RopeScalingKind)}"
       )
-    return float(theta), self._scaling(RopeScalingKind(kind), given), float(partial)
+    return float(theta), self._scaling(RopeScalingKind(kind), given)
 
-  def _scaling(self, kind: RopeScalingKind, given: "HubConfig") -> RopeScaling:
-    fields = {name: given.get(_SCALING_KEYS[name], None) for name in _FIELDS_OF[kind]}
-    if "original_max_position" in fields and not fields["original_max_position"]:
-      fields["original_max_position"] = self.get("max_position_embeddings")
+  def rotated_part(self, default: float = 1.0) -> float:
+    """Returns the part of a head that is rotated."""
+    given = self.rope_settings().get("partial_rotary_factor")
+    return float(given or self.get("partial_rotary_factor", default))
+
+  def rope_settings(self) -> dict[str, Any]:
+    """Returns the settings of rotary positions that stand together, in either style."""
+    given = self.get("rope_scaling", None) or self.get("rope_parameters", {})
+    for name, value in given.items():
+      if value is not None:
+        check_setting(name, value, CONFIG_FILE)
+    return given
+
+  def _scaling(self, kind: RopeScalingKind, given: Mapping[str, Any]) -> RopeScaling:
+    fields = {name: given.get(_SCALING_KEYS[name]) for name in _FIELDS_OF[kind]}
+    if "original_max_position" in fields:
+      original = self.get("original_max_position_embeddings", fields["original_max_position"])
+      fields["original_max_position"] = original or self.get("max_position_embeddings")
     if not fields["factor"]:
       length = self.get("max_position_embeddings")
       fields["factor"] = length / fields.get("original_max_position", length)
+    if "truncate" in fields:
+      fields["truncate"] = bool(given.get("truncate", True))
+    for name in {"short_factors", "long_factors"} & set(fields):
+      fields[name] = tuple(map(float, fields[name] or ()))
     # Zero stands for absent in released files.
     return RopeScaling(kind, **{name: v for name, v in fields.items() if v or v is False})
 
@@ -186,7 +248,12 @@ def write_rope(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
   kind = {"rope_type": str(scaling.kind), "type": str(scaling.kind)}
   settings = {
     "rope_theta": theta,
-    "rope_scaling": kind | {name: value for name, value in values.items() if value is not None},
+    "rope_scaling": kind
+    | {
+      name: list(value) if isinstance(value, tuple) else value
+      for name, value in values.items()
+      if value is not None
+    },
   }
   if scaling.original_max_position is not None:
     length = round(scaling.factor * scaling.original_max_position)

@@ -18,19 +18,21 @@ from moe_jax.convert.rules import Link, links, parameter_shapes
 from moe_jax.convert.rules import Path as Place
 from moe_jax.convert.tensor_files import TensorFiles, open_tensors
 from moe_jax.errors import UserError
-from moe_jax.models import Decoder, ModelConfig
+from moe_jax.models import Model, ModelConfig, make_model
+from moe_jax.moe.options import Overflow
 
 _MOST_FAULTS = 12
 # XLA's CPU backend uses host memory in place if it starts at such a multiple.
 _ALIGNMENT = 64
 
 
-def load_pretrained(path: str | Path, dtype: str = "float32") -> tuple[Decoder, ModelConfig]:
+def load_pretrained(path: str | Path, dtype: str = "float32") -> tuple[Model, ModelConfig]:
   """Loads a checkpoint folder of the hub: `config.json` and safetensors, one file or several.
 
   Tensors are read one by one: beyond the model and the tensor in hand, memory holds nothing on a
   CPU, and with an accelerator the host holds one parameter stacked over its segment's layers. The
-  model routes without drops, by ragged dispatch, as the originals do outside training.
+  model routes without drops, by ragged dispatch, as the originals do outside training, unless its
+  original drops there too (Switch, NLLB-MoE; `Family.drops`).
 
   Args:
     path: the folder.
@@ -53,7 +55,7 @@ def load_pretrained(path: str | Path, dtype: str = "float32") -> tuple[Decoder, 
     if config is None:
       _refuse(folder, faults)
     wanted = links(family.rules, config)
-    faults += _tensor_faults(wanted, files, _ignored(family, config))
+    faults += _tensor_faults(wanted, files, _ignored(family, config, hub))
     if faults:
       _refuse(folder, faults)
     leaves = _read_leaves(wanted, files, config)
@@ -67,7 +69,10 @@ def _read_config(
   try:
     _check_plain(hub)
     family = family_in(hub)
-    return family, dataclasses.replace(family.read(hub).dropless(), dtype=dtype)
+    config = family.read(hub)
+    if not (family.drops and config.moe.routing.overflow == Overflow.DROP):
+      config = config.dropless()
+    return family, dataclasses.replace(config, dtype=dtype)
   except UserError as error:
     faults.append(str(error))
     return None, None
@@ -82,10 +87,12 @@ def _check_plain(hub: HubConfig) -> None:
     )
 
 
-def _ignored(family: Family, config: ModelConfig) -> tuple[str, ...]:
+def _ignored(family: Family, config: ModelConfig, hub: HubConfig) -> tuple[str, ...]:
   # Some files repeat a tied embedding as the head.
   tied = (r"lm_head\.weight",) if config.tie_embeddings else ()
-  beyond = (pattern.replace("{layers}", str(len(config.layers()))) for pattern in family.ignored)
+  first, count = len(config.layers()), hub.get("num_nextn_predict_layers", 1)
+  numbers = "|".join(str(first + i) for i in range(max(count, 1)))
+  beyond = (pattern.replace("{prediction}", f"({numbers})") for pattern in family.ignored)
   return (*beyond, *tied, r".*\.rotary_emb\.inv_freq")
 
 
@@ -101,7 +108,8 @@ def _tensor_faults(wanted: list[Link], files: TensorFiles, ignored: tuple[str, .
     elif found[link.key] != link.shape:
       faults.append(f"{link.key} has the shape {found[link.key]}, expected {link.shape}")
   known = {link.key for link in wanted}
-  for key in sorted(set(found) - known):
+  # A network of no width, which some files keep, is none.
+  for key in sorted(key for key in set(found) - known if math.prod(found[key])):
     if not any(re.fullmatch(pattern, key) for pattern in ignored):
       faults.append(f"{key} has no place in the model")
   return faults
@@ -144,7 +152,7 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
   return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def _model(config: ModelConfig, leaves: dict[Place, jax.Array]) -> Decoder:
-  graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0))))
+def _model(config: ModelConfig, leaves: dict[Place, jax.Array]) -> Model:
+  graph, state = nnx.split(nnx.eval_shape(lambda: make_model(config, key=jax.random.key(0))))
   flat = [(path, leaf.replace(leaves[path])) for path, leaf in nnx.to_flat_state(state)]
   return nnx.merge(graph, nnx.from_flat_state(flat))

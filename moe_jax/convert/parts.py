@@ -40,6 +40,9 @@ ATTENTION = (
 )
 LLAMA_PARTS = OUTER + NORMS + ATTENTION
 
+# The layers after the last are those of multi-token prediction, which only training uses.
+PREDICTION_LAYERS = r"model\.layers\.{prediction}\..*"
+
 
 def network(hub: str, ours: str, names: tuple[str, str, str]) -> tuple[Rule, ...]:
   """Returns the lines of a gated network.
@@ -69,22 +72,27 @@ def router(hub: str) -> Rule:
   return rule(BLOCK + hub, "feed_forward.router.kernel", LINEAR)
 
 
+def head_width(hub: HubConfig) -> int:
+  """Returns the width of a head, by default its share of the model's."""
+  return hub.get("head_dim", hub.get("hidden_size") // hub.get("num_attention_heads"))
+
+
 def read_attention(hub: HubConfig, *, theta: float = 10_000.0, **changes) -> AttentionConfig:
   """Returns softmax attention with rotary positions; `changes` are further fields.
 
   Args:
+    hub: the settings.
     theta: base of the frequencies where the file has none.
+    **changes: with `rotary_dim`, for families that rotate a part of a head.
   """
-  heads = hub.get("num_attention_heads")
-  theta, scaling, part = hub.rope(theta)
-  head_dim = hub.get("head_dim", hub.get("hidden_size") // heads)
+  heads, head_dim = hub.get("num_attention_heads"), head_width(hub)
+  theta, scaling = hub.rope(theta, partial="rotary_dim" in changes)
   fields = dict(
     num_heads=heads,
     num_kv_heads=hub.get("num_key_value_heads", heads),
     head_dim=head_dim,
     rope_theta=theta,
     rope_scaling=scaling,
-    rotary_dim=None if part == 1.0 else int(head_dim * part),
   )
   return AttentionConfig(**{**fields, **changes})
 

@@ -8,13 +8,13 @@ import jax
 from flax import nnx
 
 from moe_jax.convert.transforms import Shape, Transform
-from moe_jax.models import Decoder, ModelConfig
+from moe_jax.models import ModelConfig, make_model
 from moe_jax.moe.router import RouterState
 
 # A place in the model's state, for example ("segments", 0, "blocks", 1, "mixer", "query").
 Path = tuple[str | int, ...]
 
-_LAYER, _EXPERT = "{layer}", "{expert}"
+_LAYER, _ENCODER_LAYER, _EXPERT = "{layer}", "{encoder_layer}", "{expert}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,15 +23,19 @@ class Rule:
 
   Attributes:
     hub: the tensor's key. "{layer}" stands for the number of the block and makes the rule one of
-      blocks; "{expert}" for the number of an expert, whose parameters have a leading axis E here.
+      blocks, "{encoder_layer}" one of an encoder's blocks; "{expert}" for the number of an expert,
+      whose parameters have a leading axis E here.
     ours: places of the parameters, separated by dots, in the model or in the block. The rule
       applies to the blocks that have them; a block that has some and not all is refused.
     transform: from the slices of one block (and expert) to the tensor.
+    beside: a place in the model that must have a parameter for the rule to apply; None = none. Two
+      rules may name one parameter: of two tensors read, the later rule's stays.
   """
 
   hub: str
   ours: tuple[str, ...]
   transform: Transform
+  beside: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,21 +67,21 @@ class Link:
     return self.transform.hub_shape(tuple(part.shape for part in self.slices))
 
 
-def rule(hub: str, ours: str, transform: Transform) -> Rule:
+def rule(hub: str, ours: str, transform: Transform, *, beside: str | None = None) -> Rule:
   """Makes a rule; `ours` holds the places, separated by spaces."""
-  return Rule(hub, tuple(ours.split()), transform)
+  return Rule(hub, tuple(ours.split()), transform, beside)
 
 
 @functools.lru_cache(maxsize=16)
 def parameter_shapes(config: ModelConfig) -> dict[Path, Shape]:
   """Returns the shape of every variable of a model by its place, without allocating any."""
-  state = nnx.state(nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0))))
+  state = nnx.state(nnx.eval_shape(lambda: make_model(config, key=jax.random.key(0))))
   return {path: tuple(leaf.shape) for path, leaf in flat_leaves(state).items()}
 
 
 def router_state(config: ModelConfig) -> frozenset[Path]:
   """Returns the places of the variables that no gradient reaches, as the selection bias."""
-  state = nnx.state(nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0))), RouterState)
+  state = nnx.state(nnx.eval_shape(lambda: make_model(config, key=jax.random.key(0))), RouterState)
   return frozenset(flat_leaves(state))
 
 
@@ -105,11 +109,17 @@ def links(rules: tuple[Rule, ...], config: ModelConfig) -> list[Link]:
   shapes = parameter_shapes(config)
   found = []
   for each in rules:
-    if _LAYER not in each.hub:
-      found += _top_links(each, shapes)
+    if each.beside is not None and tuple(each.beside.split(".")) not in shapes:
+      continue
+    if _ENCODER_LAYER in each.hub:
+      stack, place = config.encoder_stack(), ("encoder",)
+    elif _LAYER in each.hub:
+      stack, place = config, ("decoder",) if config.encoder else ()
     else:
-      for block in _blocks(config):
-        found += _block_links(each, block, shapes)
+      found += _top_links(each, shapes)
+      continue
+    for block in _blocks(stack, place):
+      found += _block_links(each, block, shapes)
   return found
 
 
@@ -127,13 +137,14 @@ class _BlockStack:
   layers: tuple[int, ...]
 
 
-def _blocks(config: ModelConfig) -> list[_BlockStack]:
+def _blocks(config: ModelConfig, place: Path) -> list[_BlockStack]:
+  """Returns the blocks of one stack, which stands at `place` in the model."""
   stacks, first = [], 0
   for index, segment in enumerate(config.parsed_segments()):
     width = len(segment.pattern)
-    for place in range(width):
-      layers = tuple(first + repeat * width + place for repeat in range(segment.repeats))
-      stacks.append(_BlockStack(("segments", index, "blocks", place), layers))
+    for number in range(width):
+      layers = tuple(first + repeat * width + number for repeat in range(segment.repeats))
+      stacks.append(_BlockStack((*place, "segments", index, "blocks", number), layers))
     first += segment.num_layers
   return stacks
 
@@ -156,6 +167,7 @@ def _block_links(each: Rule, block: _BlockStack, shapes: dict[Path, Shape]) -> l
     for expert in experts:
       index = (repeat,) if expert is None else (repeat, expert)
       slices = tuple(Slice(path, index, shapes[path][len(index) :]) for path in paths)
-      key = each.hub.replace(_LAYER, str(layer)).replace(_EXPERT, str(expert))
+      key = each.hub.replace(_LAYER, str(layer)).replace(_ENCODER_LAYER, str(layer))
+      key = key.replace(_EXPERT, str(expert))
       made.append(Link(key, slices, each.transform))
   return made

@@ -19,7 +19,7 @@ from moe_jax.convert.rules import Path as Place
 from moe_jax.convert.tensor_files import INDEX_FILE
 from moe_jax.convert.tensor_writer import TensorSpec, write_tensors
 from moe_jax.errors import UserError
-from moe_jax.models import Decoder, ModelConfig
+from moe_jax.models import Model, ModelConfig
 
 _MOST_FAULTS = 4
 _FIVE_GB = 5_000_000_000
@@ -32,7 +32,7 @@ def to_hub(tree: Any, config: ModelConfig) -> dict[str, np.ndarray]:
 
   Args:
     tree: a model, its state, the state of its parameters alone, or nested mappings of that shape.
-    config: the model's.
+    config: the model's; with `mtp_depth` = 0, layers of multi-token prediction are left out.
 
   Returns:
     One array a tensor of the checkpoint. Tensors of variables that the tree lacks, as gradients
@@ -41,7 +41,7 @@ def to_hub(tree: Any, config: ModelConfig) -> dict[str, np.ndarray]:
   Raises:
     UserError: no architecture of the hub has such models, or leaves that do not fit the config.
   """
-  leaves = flat_leaves(tree)
+  leaves = _leaves(tree, config)
   shapes = parameter_shapes(config)
   absent = router_state(config) - set(leaves)
   _check_leaves(leaves, {place: shapes[place] for place in shapes if place not in absent})
@@ -54,7 +54,7 @@ def to_hub(tree: Any, config: ModelConfig) -> dict[str, np.ndarray]:
 
 
 def save_pretrained(
-  model: Decoder,
+  model: Model,
   config: ModelConfig,
   path: str | Path,
   *,
@@ -69,7 +69,7 @@ def save_pretrained(
 
   Args:
     model: the model; tensors keep their dtypes.
-    config: its config.
+    config: its config; with `mtp_depth` = 0, layers of multi-token prediction are left out.
     path: the folder to write; it must be absent or empty.
     like: a checkpoint folder whose settings of other kinds (ids of special tokens, context length)
       and other files (tokenizer, generation) are copied.
@@ -83,10 +83,10 @@ def save_pretrained(
   folder = Path(path)
   check_free(folder)
   family = family_of(config)
-  leaves = flat_leaves(model)
+  leaves = _leaves(model, config)
   _check_leaves(leaves, parameter_shapes(config))
   settings = dict(architecture_settings(family, config))
-  settings["torch_dtype"] = str(leaves["embedding",].dtype)
+  settings["torch_dtype"] = str(_embedding(leaves).dtype)
   if like is not None:
     settings = {**_other_settings(Path(like), settings), **settings}
   with _draft(folder) as draft:
@@ -146,6 +146,17 @@ def _on_host(array: jax.Array) -> np.ndarray:
     # The copy that NumPy makes of an accelerator's array would stay with the array.
     array = jax.device_put(array, jax.local_devices(backend="cpu")[0])
   return np.asarray(array)
+
+
+def _embedding(leaves: Mapping[Place, jax.Array]) -> jax.Array:
+  return next(leaf for place, leaf in leaves.items() if place[-1] == "embedding")
+
+
+def _leaves(tree: Any, config: ModelConfig) -> dict[Place, jax.Array]:
+  leaves = flat_leaves(tree)
+  if config.mtp_depth:
+    return leaves
+  return {place: leaf for place, leaf in leaves.items() if place[0] != "mtp"}
 
 
 def _check_leaves(leaves: Mapping[Place, Any], shapes: Mapping[Place, tuple[int, ...]]) -> None:

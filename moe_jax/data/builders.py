@@ -120,6 +120,11 @@ class PreparedData:
     """Bytes of text in the held-out documents: the denominator of bits per byte."""
     return self.text_bytes[Split.HELDOUT]
 
+  @property
+  def heldout_targets(self) -> int:
+    """Tokens of the held-out documents that a decoder predicts, the eos of each included."""
+    return self.counts[Split.HELDOUT].target_tokens
+
   @functools.cached_property
   def train_text(self) -> bytes:
     """The training documents in UTF-8, joined by newlines; read from the corpus on first use."""

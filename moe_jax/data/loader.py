@@ -6,13 +6,16 @@ with another number of processes. Nothing here starts a worker process: records 
 reading them costs far less than a training step.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
 
 from moe_jax.data.packing import Record
 from moe_jax.errors import UserError
+
+# Makes another record of one, with random numbers.
+Transform = Callable[[Record, np.random.Generator], Record]
 
 # A few batches ahead on two threads hide the reading; grain's default (500 batches, 16 threads)
 # would fill the memory and starve the training step on a small machine.
@@ -24,6 +27,7 @@ def train_iterator(
   *,
   batch_size: int,
   seed: int,
+  transform: Transform | None = None,
   process_index: int = 0,
   process_count: int = 1,
 ) -> grain.DatasetIterator:
@@ -38,6 +42,7 @@ def train_iterator(
     source: the records, each a dict of arrays of one shape.
     batch_size: rows in a global batch.
     seed: 0 to 2**32 - 1.
+    transform: of every record; its random numbers are a function of seed, epoch and place.
     process_index: which rows to yield, from 0.
     process_count: number of processes that share a global batch.
 
@@ -51,11 +56,11 @@ def train_iterator(
   if not 0 <= seed < 2**32:
     raise UserError(f"the data seed is {seed}, but must be from 0 to {2**32 - 1}.")
   usable = steps_per_epoch(source, batch_size) * batch_size
+  records = grain.MapDataset.source(source).seed(seed).shuffle()[:usable]
+  if transform is not None:
+    records = records.random_map(transform)
   return iter(
-    grain.MapDataset.source(source)
-    .seed(seed)
-    .shuffle()[:usable]
-    .batch(local_size, drop_remainder=True)[process_index::process_count]
+    records.batch(local_size, drop_remainder=True)[process_index::process_count]
     .repeat()
     .to_iter_dataset(_READ_AHEAD)
   )
@@ -75,6 +80,7 @@ def eval_batches(
   source: Sequence[Record],
   batch_size: int,
   *,
+  transform: Transform | None = None,
   process_index: int = 0,
   process_count: int = 1,
 ) -> Iterator[Record]:
@@ -86,6 +92,7 @@ def eval_batches(
   Args:
     source: the records.
     batch_size: rows in a global batch.
+    transform: of every record; its random numbers are a function of the record's place alone.
     process_index: which rows to yield, from 0.
     process_count: number of processes that share a global batch.
 
@@ -97,14 +104,22 @@ def eval_batches(
   """
   local_size = _local_size(batch_size, process_index, process_count)
   starts = range(0, len(source), batch_size)
-  return (_rows(source, start + process_index * local_size, local_size) for start in starts)
+
+  def record(index: int) -> Record:
+    if transform is None:
+      return source[index]
+    return transform(source[index], np.random.default_rng(index))
+
+  return (
+    _rows(record, len(source), start + process_index * local_size, local_size) for start in starts
+  )
 
 
-def _rows(source: Sequence[Record], first: int, count: int) -> Record:
+def _rows(record: Callable[[int], Record], length: int, first: int, count: int) -> Record:
   """Stacks records first .. first + count - 1, zeros for those past the end."""
-  filler = {name: np.zeros_like(values) for name, values in source[0].items()}
+  filler = {name: np.zeros_like(values) for name, values in record(0).items()}
   indices = range(first, first + count)
-  rows = [source[index] if index < len(source) else filler for index in indices]
+  rows = [record(index) if index < length else filler for index in indices]
   return {name: np.stack([row[name] for row in rows]) for name in filler}
 
 

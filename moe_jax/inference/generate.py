@@ -13,11 +13,12 @@ from flax import nnx
 
 from moe_jax.errors import UserError
 from moe_jax.inference.sampling import Sampling, check_sampling, choose_token, make_sampling
-from moe_jax.models import Decoder
+from moe_jax.models import Model
+from moe_jax.models.decoder import DecoderCache
 
 
 def generate(
-  model: Decoder,
+  model: Model,
   tokens: jax.Array,
   max_new_tokens: int,
   *,
@@ -27,9 +28,10 @@ def generate(
   stop_token: int | Sequence[int] | None = None,
   use_cache: bool = True,
   token_mask: jax.Array | None = None,
+  decoder_tokens: jax.Array | None = None,
   key: jax.Array | None = None,
 ) -> jax.Array:
-  """Continues prompts by a fixed number of tokens.
+  """Continues prompts by a fixed number of tokens; an encoder-decoder answers them.
 
   A model that drops tokens when experts are full routes only the tokens of one call: with a cache
   that is one token a sequence, without it the whole prefix, so the two may differ, and a sequence
@@ -54,10 +56,13 @@ def generate(
       its length: a slow reference.
     token_mask: (B, L) bool, True = real token: prompts of different lengths, padded on either
       side. New tokens follow the last real token's position.
+    decoder_tokens: (B, L') int32, what the answers of an encoder-decoder begin with, all of them
+      real; None = `EncoderConfig.start_token` alone.
     key: random key, needed if temperature > 0.
 
   Returns:
-    (B, L + max_new_tokens) int32, prompt (with its padding) included.
+    (B, L + max_new_tokens) int32, prompt (with its padding) included; of an encoder-decoder
+    (B, L' + max_new_tokens), what the answers begin with included.
 
   Raises:
     UserError: an empty prompt, a row without a real token, an id outside the vocabulary, or
@@ -75,13 +80,40 @@ def generate(
       f"temperature = {temperature} samples: key = None was given, a jax.random.key is needed"
     )
   tokens, token_mask = jnp.asarray(tokens, jnp.int32), jnp.asarray(token_mask)
+  source, tokens, token_mask = _split(model, tokens, token_mask, decoder_tokens)
   if max_new_tokens == 0:
     return tokens
   key = jax.random.key(0) if key is None else key
   chooser = _Chooser(make_sampling(temperature, top_k, top_p), stop_ids, key)
   run = _generate_cached if use_cache else _generate_uncached
-  new = run(*nnx.split(model), tokens, token_mask, chooser, max_new_tokens)
+  new = run(*nnx.split(model), source, tokens, token_mask, chooser, max_new_tokens)
   return jnp.concatenate([tokens, new], axis=1)
+
+
+# Tokens and mask of what an encoder reads; None without one.
+_Source = tuple[jax.Array, jax.Array] | None
+
+
+def _split(
+  model: Model, tokens: jax.Array, token_mask: jax.Array, decoder_tokens: jax.Array | None
+) -> tuple[_Source, jax.Array, jax.Array]:
+  """Returns what is encoded, and the tokens that are continued with their mask."""
+  encoder = model.config.encoder
+  if encoder is None:
+    if decoder_tokens is not None:
+      raise UserError("decoder_tokens were given, but the model has no encoder: give tokens alone")
+    return None, tokens, token_mask
+  if decoder_tokens is None:
+    decoder_tokens = jnp.full((tokens.shape[0], 1), encoder.start_token, jnp.int32)
+  decoder_tokens = jnp.asarray(decoder_tokens)
+  mask = jnp.ones(decoder_tokens.shape, bool)
+  _check_prompts(decoder_tokens, mask, model.config.vocab_size)
+  if decoder_tokens.shape[0] != tokens.shape[0]:
+    raise UserError(
+      f"decoder_tokens have {decoder_tokens.shape[0]} rows; expected {tokens.shape[0]}, those of"
+      " tokens"
+    )
+  return (tokens, token_mask), decoder_tokens.astype(jnp.int32), mask
 
 
 @jax.tree_util.register_dataclass
@@ -104,11 +136,11 @@ class _Chooser:
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "max_new_tokens"))
-def _generate_cached(graph, params, tokens, token_mask, chooser, max_new_tokens):
+def _generate_cached(graph, params, source, tokens, token_mask, chooser, max_new_tokens):
   """Returns the new tokens (B, max_new_tokens)."""
   model = nnx.merge(graph, params)
   B, L = tokens.shape
-  cache = model.init_cache(B, L + max_new_tokens - 1)
+  cache = _empty_cache(model, source, B, L + max_new_tokens - 1)
   logits, cache = model.decode(tokens, cache, token_mask=token_mask)
   logits = _last_real(logits, token_mask)
   last, running = chooser(logits, jnp.zeros(B, jnp.int32), jnp.ones(B, bool), 0)
@@ -129,12 +161,18 @@ def _generate_cached(graph, params, tokens, token_mask, chooser, max_new_tokens)
   return jnp.where(jnp.arange(max_new_tokens)[None] < i, new, last[:, None])
 
 
-def _generate_uncached(graph, params, tokens, token_mask, chooser, max_new_tokens):
+def _empty_cache(model: Model, source: _Source, batch_size: int, num_slots: int) -> DecoderCache:
+  if source is None:
+    return model.init_cache(batch_size, num_slots)
+  return model.init_cache(model.encode(source[0], token_mask=source[1]), num_slots)
+
+
+def _generate_uncached(graph, params, source, tokens, token_mask, chooser, max_new_tokens):
   """Returns the new tokens (B, max_new_tokens)."""
   B, L = tokens.shape
   last, running = jnp.zeros(B, jnp.int32), jnp.ones(B, bool)
   for i in range(max_new_tokens):
-    logits = _next_logits(graph, params, tokens, token_mask)
+    logits = _next_logits(graph, params, source, tokens, token_mask)
     last, running = chooser(logits, last, running, i)
     tokens = jnp.concatenate([tokens, last[:, None]], axis=1)
     token_mask = jnp.concatenate([token_mask, running[:, None]], axis=1)
@@ -145,8 +183,12 @@ def _generate_uncached(graph, params, tokens, token_mask, chooser, max_new_token
 
 
 @functools.partial(jax.jit, static_argnames="graph")
-def _next_logits(graph, params, tokens, token_mask):
-  return _last_real(nnx.merge(graph, params)(tokens, token_mask=token_mask), token_mask)
+def _next_logits(graph, params, source, tokens, token_mask):
+  model = nnx.merge(graph, params)
+  if source is None:
+    return _last_real(model(tokens, token_mask=token_mask), token_mask)
+  logits = model(source[0], tokens, token_mask=source[1], decoder_mask=token_mask)
+  return _last_real(logits, token_mask)
 
 
 def _last_real(logits_BLV: jax.Array, token_mask: jax.Array) -> jax.Array:

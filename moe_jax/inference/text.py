@@ -7,11 +7,11 @@ import numpy as np
 
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.inference.generate import generate
-from moe_jax.models import Decoder
+from moe_jax.models import Model
 
 
 def continue_text(
-  model: Decoder,
+  model: Model,
   tokenizer: Tokenizer,
   prompt: str,
   max_new_tokens: int,
@@ -20,25 +20,27 @@ def continue_text(
   key: jax.Array,
   top_k: int | None = None,
   top_p: float | None = None,
+  question: Sequence[int] = (),
 ) -> str:
   """Returns what the model writes after `prompt`, up to the end of the document.
 
-  The prompt is taken for the start of a document.
+  The prompt is taken for the start of a document; the ids of `question` follow it.
   """
-  tokens = np.concatenate([[tokenizer.bos_id], tokenizer.encode(prompt)])
+  tokens = np.concatenate([[tokenizer.bos_id], tokenizer.encode(prompt), question]).astype(np.int32)
   stop_ids = (tokenizer.eos_id,)
   sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, key=key)
   return tokenizer.decode(continue_tokens(model, tokens, max_new_tokens, stop_ids, **sampling))
 
 
 def continue_tokens(
-  model: Decoder, tokens: np.ndarray, max_new_tokens: int, stop_ids: Sequence[int], **sampling
+  model: Model, tokens: np.ndarray, max_new_tokens: int, stop_ids: Sequence[int], **sampling
 ) -> np.ndarray:
   """Returns the ids that the model adds to one prompt (L,), up to the first of `stop_ids`.
 
   `sampling` are arguments of `generate`.
   """
   new = generate(model, tokens[None], max_new_tokens, stop_token=stop_ids, **sampling)
-  new = np.asarray(new)[0, len(tokens) :]
+  # An encoder-decoder's answer begins with its start token, and not with the prompt.
+  new = np.asarray(new)[0, new.shape[1] - max_new_tokens :]
   ends = np.flatnonzero(np.isin(new, stop_ids))
   return new[: ends[0]] if ends.size else new

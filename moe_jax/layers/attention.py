@@ -35,13 +35,13 @@ def write_slots(old: jax.Array, new: jax.Array, index: jax.Array) -> jax.Array:
 
 
 class Attention(nnx.Module):
-  """Causal self-attention; softmax in float32.
+  """Attention of tokens to tokens, or to an encoder's output; softmax in float32.
 
   Attributes:
     query, key, value: (D, H, K) and twice (D, Hkv, K).
     query_bias, key_bias, value_bias: (H, K) and twice (Hkv, K), with `qkv_bias`.
     query_norm, key_norm: with a norm that has scales.
-    relative_bias: (buckets, H), zeros at first.
+    relative_bias: (buckets, H), zeros at first; not with `relative_bias_shared`.
     sinks: (H,), zeros at first.
     out, out_bias: (H, K, D) and (D,), the latter with `out_bias`.
   """
@@ -88,8 +88,8 @@ class Attention(nnx.Module):
       heads = c.qk_norm == QKNorm.PROJECTION
       self.query_norm = RMSNorm((c.num_heads if heads else 1) * c.head_dim, c.qk_norm_epsilon)
       self.key_norm = RMSNorm((c.num_kv_heads if heads else 1) * c.head_dim, c.qk_norm_epsilon)
-    if c.relative_bias_buckets is not None:
-      self.relative_bias = _zeros((c.relative_bias_buckets, c.num_heads), ("bias", "heads"))
+    if c.relative_bias_buckets is not None and not c.relative_bias_shared:
+      self.relative_bias = relative_bias_table(c)
     if c.sinks:
       self.sinks = _zeros((c.num_heads,), ("bias",))
 
@@ -105,7 +105,11 @@ class Attention(nnx.Module):
       scale = jnp.log1p(steps) * c.query_temperature_scale + 1.0
     if c.relative_bias_buckets is not None:
       buckets = relative_buckets(
-        positions, places.key_positions, c.relative_bias_buckets, c.relative_bias_max_distance
+        positions,
+        places.key_positions,
+        c.relative_bias_buckets,
+        c.relative_bias_max_distance,
+        causal=places.causal,
       )
     mask = attention_mask(places, window=c.window, chunk=c.chunk)
     return AttentionContext(rotary, mask, places.cache_index, scale, buckets)
@@ -126,17 +130,17 @@ class Attention(nnx.Module):
     *,
     key: jax.Array | None = None,
   ) -> tuple[jax.Array, KVCache | None]:
-    """Maps x (B, L, D) to (B, L, D), writing keys and values into the cache if there is one."""
+    """Maps x (B, L, D) to (B, L, D), writing keys and values into the cache if there is one.
+
+    A cache of an encoder's output, whose context has no index, is complete and is only read.
+    """
     q = self._position(self._project(x, "query"), context)
-    k = self._position(self._project(x, "key"), context)
-    v = self._project(x, "value")
     if context.query_scale is not None:
       q = (q * context.query_scale[:, :, None, None]).astype(x.dtype)
-    if cache is not None:
-      cache = cache.write(k, v, context.cache_index)
-      k, v = cache.key.astype(x.dtype), cache.value.astype(x.dtype)
-    bias = sinks = None
-    if context.buckets is not None:
+    seen, cache = self._seen(x, context, cache)
+    k, v = seen.key.astype(x.dtype), seen.value.astype(x.dtype)
+    bias, sinks = context.bias, None
+    if hasattr(self, "relative_bias"):
       bias = self.relative_bias[...].T[:, context.buckets]
     if self.config.sinks:
       sinks = self.sinks[...]
@@ -145,6 +149,23 @@ class Attention(nnx.Module):
     if self.config.out_bias:
       out += like(self.out_bias[...], out)
     return dropout(out, self.dropout_rate, key), cache
+
+  def keys_values(self, x: jax.Array, context: AttentionContext) -> KVCache:
+    """Returns the keys and values (B, M, Hkv, K) of x (B, M, D) at the context's places."""
+    key = self._position(self._project(x, "key"), context)
+    return KVCache(key, self._project(x, "value"))
+
+  def _seen(
+    self, x: jax.Array, context: AttentionContext, cache: KVCache | None
+  ) -> tuple[KVCache, KVCache | None]:
+    """Returns the keys and values that queries look at, and the new cache if there is one."""
+    if cache is not None and context.cache_index is None:
+      return cache, cache
+    new = self.keys_values(x if context.source is None else context.source, context)
+    if cache is None:
+      return new, None
+    cache = cache.write(new.key, new.value, context.cache_index)
+    return cache, cache
 
   def _project(self, x: jax.Array, name: str) -> jax.Array:
     """Returns queries, keys or values (B, L, H, K), with their bias, norm and clip."""
@@ -169,6 +190,21 @@ class Attention(nnx.Module):
     if self.config.qk_norm == QKNorm.L2:
       heads = root_mean_square_norm(heads, self.config.qk_norm_epsilon)
     return heads
+
+
+def relative_bias_table(config: AttentionConfig) -> nnx.Param:
+  """Returns a new table of relative biases, (buckets, H), zeros."""
+  return _zeros((config.relative_bias_buckets, config.num_heads), ("bias", "heads"))
+
+
+def cross_context(encoded: jax.Array | None, mask: jax.Array) -> AttentionContext:
+  """Returns the context of attention to an encoder's output.
+
+  Args:
+    encoded: (B, M, D); None where a cache holds its keys and values.
+    mask: (B, L, M) bool, True = query l may look at m.
+  """
+  return AttentionContext(None, mask, source=encoded)
 
 
 def _zeros(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:

@@ -36,7 +36,7 @@ class QKNorm(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-  """Causal self-attention.
+  """Self-attention, or the attention of a decoder to its encoder's output.
 
   Attributes:
     num_heads: H query heads.
@@ -52,7 +52,9 @@ class AttentionConfig:
     rope_scaling: lower frequencies for a longer context.
     relative_bias_buckets, relative_bias_max_distance: a learned number per head and bucket of
       distances is added to the logits (T5, arXiv 1910.10683 section 2.1): one bucket a distance for
-      the first half, logarithmic ones up to the maximum for the rest. None = no bias.
+      the first half, logarithmic ones up to the maximum for the rest; in an encoder, half of all
+      buckets are for keys ahead of the query. None = no bias.
+    relative_bias_shared: one such table for all layers of a stack (T5) instead of one a layer.
     softmax_scale: what query-key products are multiplied by; None = head_dim^-0.5.
     qkv_bias: biases on the query, key and value projections.
     out_bias: a bias on the output projection.
@@ -78,6 +80,7 @@ class AttentionConfig:
   rope_scaling: RopeScaling | None = None
   relative_bias_buckets: int | None = None
   relative_bias_max_distance: int = 128
+  relative_bias_shared: bool = False
   softmax_scale: float | None = None
   qkv_bias: bool = False
   out_bias: bool = False
@@ -119,6 +122,8 @@ class AttentionConfig:
         f"rotary_dim = {self.rotary_dim} is refused: it must be even, from 2 to head_dim ="
         f" {self.head_dim}"
       )
+    if self.rope_scaling is not None:
+      self.rope_scaling.check_width(self.rotary_dim or self.head_dim)
 
   def _check_no_rotary(self) -> None:
     unused = {
@@ -156,6 +161,11 @@ class AttentionConfig:
   def _check_relative_bias(self) -> None:
     buckets, distance = self.relative_bias_buckets, self.relative_bias_max_distance
     if buckets is None:
+      if self.relative_bias_shared:
+        raise UserError(
+          "relative_bias_shared = True would be ignored: there is no bias to share; give"
+          " relative_bias_buckets, or leave it out"
+        )
       return
     if self.positions != Positions.NONE:
       raise UserError(
@@ -223,6 +233,8 @@ class LatentAttentionConfig:
         f"rope_dim = {self.rope_dim} is odd; rotary positions need an even width,"
         f" for example {self.rope_dim + 1}"
       )
+    if self.rope_scaling is not None:
+      self.rope_scaling.check_width(self.rope_dim)
     check_positive(self, "rope_theta", "norm_epsilon")
 
   @property

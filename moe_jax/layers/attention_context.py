@@ -19,6 +19,7 @@ class Places:
     key_mask: (B, M) bool, True = real token.
     segment_ids: (B, L) int32 of packed documents, without a cache; None = one document a row.
     cache_index: int32 scalar, the cache slot of the first token; None without a cache, M = L.
+    causal: a token sees none after it; an encoder's tokens see all.
   """
 
   query_slots: jax.Array
@@ -27,6 +28,7 @@ class Places:
   key_mask: jax.Array
   segment_ids: jax.Array | None = None
   cache_index: jax.Array | None = None
+  causal: bool = dataclasses.field(default=True, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -37,10 +39,13 @@ class AttentionContext:
   Attributes:
     rotary: cosines and sines of the tokens' positions, see `rotary_table`; None without rotation.
     mask: (B, L, M) bool, True = query l may look at slot m; M = L without a cache. Every query
-      looks at one slot at least.
+      looks at one slot at least, but may find none in an encoder's output.
     cache_index: int32 scalar, the cache slot of the first token; None without a cache.
     query_scale: (B, L) float32, what queries are multiplied by; None = 1.
     buckets: (B, L, M) int32, see `relative_buckets`; None without a relative bias.
+    bias: (H, B, L, M) float32, a relative bias that all layers share; None without.
+    source: (B, M, D), what keys and values are made of where that is not what queries are made of:
+      an encoder's output; None for self-attention, and where a cache holds them.
   """
 
   rotary: RotaryTable | None
@@ -48,6 +53,8 @@ class AttentionContext:
   cache_index: jax.Array | None = None
   query_scale: jax.Array | None = None
   buckets: jax.Array | None = None
+  bias: jax.Array | None = None
+  source: jax.Array | None = None
 
 
 def attention_mask(
@@ -55,7 +62,8 @@ def attention_mask(
 ) -> jax.Array:
   """Returns (B, L, M): a token sees the real tokens at or before it, within window and chunk.
 
-  A padding query sees itself, so that its (unused) softmax is defined.
+  An encoder's tokens, which have neither, see the real ones after them too. A padding query sees
+  itself, so that its (unused) softmax is defined.
 
   Args:
     places: of queries and keys; attention stays inside a segment.
@@ -63,7 +71,9 @@ def attention_mask(
   """
   queries, keys = places.query_positions[:, :, None], places.key_positions[:, None, :]
   slots = jnp.arange(places.key_mask.shape[1])[None]
-  mask = (slots <= places.query_slots[:, None])[None] & places.key_mask[:, None, :]
+  mask = jnp.broadcast_to(places.key_mask[:, None, :], queries.shape[:2] + keys.shape[2:])
+  if places.causal:
+    mask &= (slots <= places.query_slots[:, None])[None]
   if window is not None:
     mask &= queries - keys < window
   if chunk is not None:

@@ -26,6 +26,8 @@ class Activation(enum.StrEnum):
   GELU = "gelu"  # the tanh approximation
   GELU_EXACT = "gelu_exact"
   SILU = "silu"
+  QUICK_GELU = "quick_gelu"  # x * sigmoid(1.702 x)
+  SQUARED_RELU = "squared_relu"  # arXiv 2109.08668
   # gate * sigmoid(1.702 gate), and up + 1 in place of up: gpt-oss's, for gated networks alone.
   SHIFTED_QUICK_GELU = "shifted_quick_gelu"
 
@@ -34,13 +36,24 @@ def _quick_gelu(x: jax.Array) -> jax.Array:
   return x * jax.nn.sigmoid(1.702 * x)
 
 
+def _squared_relu(x: jax.Array) -> jax.Array:
+  return jnp.square(jax.nn.relu(x))
+
+
 _ACTIVATIONS = {
   Activation.RELU: jax.nn.relu,
   Activation.GELU: jax.nn.gelu,
   Activation.GELU_EXACT: functools.partial(jax.nn.gelu, approximate=False),
   Activation.SILU: jax.nn.silu,
+  Activation.QUICK_GELU: _quick_gelu,
+  Activation.SQUARED_RELU: _squared_relu,
   Activation.SHIFTED_QUICK_GELU: _quick_gelu,
 }
+
+
+def activation_function(activation: Activation) -> Callable[[jax.Array], jax.Array]:
+  """Returns the nonlinearity of that name, applied element by element."""
+  return _ACTIVATIONS[activation]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +130,7 @@ def feed_forward(
     last_product: multiplies rows by `down`, and adds the bias.
   """
   w = {name: value.astype(x.dtype) for name, value in weights.items()}
-  act = _ACTIVATIONS[config.activation]
+  act = activation_function(config.activation)
   up = product(x, w["up"], w.get("up_bias"))
   if config.gated:
     gate = product(x, w["gate"], w.get("gate_bias"))

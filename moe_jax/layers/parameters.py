@@ -17,17 +17,21 @@ LOGICAL_AXES = {
   "expert_mlp": "F of an expert",
   "router": "E as outputs of the router, which every device needs whole",
   "joined": "2 D, two vectors that one matrix projects",
-  "latent": "rank of latent attention's compressed queries, or keys and values",
+  "latent": "rank of latent attention's compressed queries, or keys and values; of Mamba's steps",
+  "inner": "I, channels of a Mamba mixer",
+  "state": "N, numbers that a channel keeps",
+  "selection": "R + 2 N, what a token selects with: step sizes, writes, reads",
+  "window": "tokens that a convolution reads",
   "norm": "D of a norm's scale and bias",
   "bias": "outputs of a projection's bias, attention sinks, buckets of a relative bias",
 }
 
 # A parameter with no other axes scales or shifts element by element, and enters no product.
-_ELEMENTWISE = frozenset({"layers", "norm", "router"})
+_ELEMENTWISE = frozenset({"layers", "norm", "router", "inner", "state"})
 
 
 def is_elementwise(axes: tuple[str, ...]) -> bool:
-  """Tells scales and biases, of norms and of router logits, from what products read."""
+  """Tells scales, biases and decays, element by element, from what products read."""
   return _ELEMENTWISE.issuperset(axes)
 
 

@@ -16,6 +16,7 @@ class RopeScalingKind(enum.StrEnum):
   LINEAR = "linear"  # all alike: position interpolation (arXiv 2306.15595)
   YARN = "yarn"  # the slow ones alone, by rotations within the context (arXiv 2309.00071)
   LLAMA3 = "llama3"  # the slow ones alone, by wavelength (Llama 3, arXiv 2407.21783)
+  LONGROPE = "longrope"  # each by a number of its own, found by search (arXiv 2402.13753)
 
 
 _FIELDS_OF = {
@@ -30,7 +31,19 @@ _FIELDS_OF = {
     "attention_factor",
   ),
   RopeScalingKind.LLAMA3: ("original_max_position", "low_freq_factor", "high_freq_factor"),
+  RopeScalingKind.LONGROPE: (
+    "original_max_position",
+    "short_factors",
+    "long_factors",
+    "short_mscale",
+    "long_mscale",
+    "attention_factor",
+  ),
 }
+_POSITIVE = (
+  *("beta_slow", "mscale", "mscale_all_dim", "attention_factor", "low_freq_factor"),
+  *("short_mscale", "long_mscale"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,17 +53,23 @@ class RopeScaling:
   Attributes:
     kind: the rule.
     factor: how much longer the context is, at least 1.
-    original_max_position: the context of the original training; `yarn` and `llama3` need it.
+    original_max_position: the context of the original training; all but `linear` need it.
     beta_fast, beta_slow: of `yarn`: dimensions with more rotations than beta_fast in the original
       context keep their frequency, those with fewer than beta_slow are divided by the factor.
     truncate: of `yarn`: the bounds of the ramp in between are rounded outwards to whole dimensions.
     mscale, mscale_all_dim: of `yarn`, DeepSeek's (arXiv 2405.04434 section 3.1.4): with both given,
       cosine and sine are multiplied by m(mscale) / m(mscale_all_dim), m(s) = 0.1 s ln(factor) + 1,
       instead of by m(1); latent attention multiplies its softmax scale by m(mscale_all_dim)^2.
-    attention_factor: of `yarn`: what cosine and sine are multiplied by, instead of the above.
+    attention_factor: of `yarn` and `longrope`: what cosine and sine are multiplied by, instead of
+      the above, or of sqrt(1 + ln(factor) / ln(original_max_position)).
     low_freq_factor, high_freq_factor: of `llama3`: wavelengths beyond original_max_position /
       low_freq_factor are scaled whole, those below original_max_position / high_freq_factor not;
       equal ones leave nothing in between (Llama 4 Scout).
+    short_factors, long_factors: of `longrope`: what each of the K / 2 frequencies is divided by, in
+      sequences of up to original_max_position tokens and in longer ones. Every call decides for
+      every sequence: keys in a cache stay as they were when a sequence outgrows the length.
+    short_mscale, long_mscale: of `longrope`: what cosine and sine are multiplied by in those two,
+      instead of by attention_factor (Phi-3.5-MoE).
   """
 
   kind: RopeScalingKind
@@ -64,6 +83,10 @@ class RopeScaling:
   attention_factor: float | None = None
   low_freq_factor: float = 1.0
   high_freq_factor: float = 4.0
+  short_factors: tuple[float, ...] | None = None
+  long_factors: tuple[float, ...] | None = None
+  short_mscale: float | None = None
+  long_mscale: float | None = None
 
   def __post_init__(self):
     object.__setattr__(self, "kind", as_choice(RopeScalingKind, "kind", self.kind))
@@ -76,10 +99,11 @@ class RopeScaling:
         f"original_max_position = {self.original_max_position} is refused: kind = {self.kind} needs"
         " the context length of the original training, at least 1"
       )
-    for name in ("beta_slow", "mscale", "mscale_all_dim", "attention_factor", "low_freq_factor"):
+    for name in _POSITIVE:
       value = getattr(self, name)
       if value is not None and not 0 < value < math.inf:
         raise UserError(f"{name} = {value} is refused: it must be greater than 0")
+    self._check_factors()
     if not self.beta_slow < self.beta_fast < math.inf:
       raise UserError(
         f"beta_fast = {self.beta_fast} is refused: it must be greater than beta_slow ="
@@ -90,6 +114,27 @@ class RopeScaling:
         f"high_freq_factor = {self.high_freq_factor} is refused: it must be at least"
         f" low_freq_factor = {self.low_freq_factor}"
       )
+
+  def _check_factors(self) -> None:
+    if self.kind != RopeScalingKind.LONGROPE:
+      return
+    for name in ("short_factors", "long_factors"):
+      value = getattr(self, name)
+      if not value or not all(0 < each < math.inf for each in value):
+        raise UserError(
+          f"{name} = {value} is refused: kind = {self.kind} needs a number above 0 for every"
+          " frequency"
+        )
+
+  def check_width(self, rotary_dim: int) -> None:
+    """Raises UserError unless lists of factors have one for each frequency of K dimensions."""
+    for name in ("short_factors", "long_factors"):
+      value = getattr(self, name)
+      if value is not None and len(value) != rotary_dim // 2:
+        raise UserError(
+          f"{name} has {len(value)} numbers, expected {rotary_dim // 2}: one for every two of the"
+          f" {rotary_dim} dimensions that are rotated"
+        )
 
   def _check_belongs(self) -> None:
     for field in dataclasses.fields(self):
@@ -102,11 +147,18 @@ class RopeScaling:
 
   @property
   def table_factor(self) -> float:
-    """Returns what cosines and sines are multiplied by (arXiv 2309.00071 Eq. 22)."""
-    if self.kind != RopeScalingKind.YARN:
-      return 1.0
+    """Returns what cosines and sines are multiplied by.
+
+    See arXiv 2309.00071 Eq. 22, and arXiv 2402.13753 section 4 for `longrope`.
+    """
+    if self.short_mscale is not None:
+      return self.short_mscale
     if self.attention_factor is not None:
       return self.attention_factor
+    if self.kind == RopeScalingKind.LONGROPE:
+      return math.sqrt(1 + math.log(self.factor) / math.log(self.original_max_position))
+    if self.kind != RopeScalingKind.YARN:
+      return 1.0
     if self.mscale and self.mscale_all_dim:
       return self._m(self.mscale) / self._m(self.mscale_all_dim)
     return self._m(1.0)
@@ -119,6 +171,13 @@ class RopeScaling:
   def _m(self, scale: float) -> float:
     return 0.1 * scale * math.log(self.factor) + 1.0
 
+  @property
+  def beyond(self) -> "RopeScaling":
+    """Returns what holds in sequences longer than original_max_position: of `longrope`, another."""
+    if self.kind != RopeScalingKind.LONGROPE:
+      return self
+    return dataclasses.replace(self, short_factors=self.long_factors, short_mscale=self.long_mscale)
+
   def frequency_factors(self, rotary_dim: int, theta: float) -> np.ndarray:
     """Returns what each frequency theta^(-2i / K) is multiplied by: (K / 2,) float64.
 
@@ -126,6 +185,8 @@ class RopeScaling:
       rotary_dim: K, the number of rotated dimensions.
       theta: base of the frequencies.
     """
+    if self.kind == RopeScalingKind.LONGROPE:
+      return 1 / np.asarray(self.short_factors, np.float64)
     frequency = theta ** (-np.arange(0, rotary_dim, 2) / rotary_dim)
     if self.kind == RopeScalingKind.LINEAR:
       scaled = np.ones_like(frequency)

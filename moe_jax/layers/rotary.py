@@ -15,13 +15,27 @@ def rotary_table(
 ) -> RotaryTable:
   """Returns cosine and sine of position * theta^(-2i / K), K = `rotary_dim`, in float32."""
   half = rotary_dim // 2
-  frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  frequency = (theta ** (-jnp.arange(half, dtype=jnp.float32) / half)).reshape(1, 1, 1, half)
+  factor = 1.0
   if scaling is not None:
-    frequency = frequency * scaling.frequency_factors(rotary_dim, theta).astype(jnp.float32)
-  angle = positions_BL[..., None, None].astype(jnp.float32) * frequency.reshape(1, 1, 1, half)
+    factors, factor = _scaled(scaling, positions_BL, rotary_dim, theta)
+    frequency = frequency * factors
+  angle = positions_BL[..., None, None].astype(jnp.float32) * frequency
   cos, sin = jnp.cos(angle), jnp.sin(angle)
-  factor = 1.0 if scaling is None else scaling.table_factor
-  return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
+  return (cos, sin) if isinstance(factor, float) and factor == 1.0 else (cos * factor, sin * factor)
+
+
+def _scaled(scaling: RopeScaling, positions_BL: jax.Array, rotary_dim: int, theta: float):
+  """Returns what frequencies, (B or 1, 1, 1, K / 2), and tables, a number or (B, 1, 1, 1), take."""
+  within, beyond = (
+    each.frequency_factors(rotary_dim, theta).astype(jnp.float32).reshape(1, 1, 1, -1)
+    for each in (scaling, scaling.beyond)
+  )
+  if scaling.beyond == scaling:
+    return within, scaling.table_factor
+  is_beyond = (jnp.max(positions_BL, axis=1) >= scaling.original_max_position)[:, None, None, None]
+  factor = jnp.where(is_beyond, scaling.beyond.table_factor, scaling.table_factor)
+  return jnp.where(is_beyond, beyond, within), factor
 
 
 def apply_rotary(

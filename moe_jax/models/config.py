@@ -7,9 +7,11 @@ import math
 from moe_jax.choices import as_choice, nearest
 from moe_jax.errors import UserError
 from moe_jax.layers.attention_config import AttentionConfig, LatentAttentionConfig
+from moe_jax.layers.mamba_config import MambaConfig
 from moe_jax.layers.mlp import FeedForwardConfig
 from moe_jax.layers.norms import Norm
 from moe_jax.models.depth_config import DepthConfig
+from moe_jax.models.encoder_config import EncoderConfig
 from moe_jax.moe.dispatch import Dispatch
 from moe_jax.moe.layer import MoEConfig
 from moe_jax.moe.options import Overflow
@@ -20,11 +22,12 @@ MIXERS = {
   "attention": "attention",
   "global_attention": "global_attention",
   "latent_attention": "latent_attention",
+  "mamba": "mamba",
 }
 FEED_FORWARDS = {"dense": "mlp", "moe": "moe"}
 DEPTH = "depth"
 
-MixerConfig = AttentionConfig | LatentAttentionConfig
+MixerConfig = AttentionConfig | LatentAttentionConfig | MambaConfig
 
 
 class Remat(enum.StrEnum):
@@ -33,6 +36,20 @@ class Remat(enum.StrEnum):
   NONE = "none"
   FULL = "full"  # everything: least memory, about a third more work
   DOTS = "dots"  # everything but matrix products
+
+
+class NormPlacement(enum.StrEnum):
+  """Where the norms of the residual stream stand."""
+
+  PRE = "pre"  # x + f(norm(x)), and one norm after the last block
+  POST = "post"  # norm(x + f(x)) (arXiv 1706.03762), and none after the last block
+
+
+class PositionEmbedding(enum.StrEnum):
+  """What is added to the tokens' embeddings to tell their places."""
+
+  NONE = "none"  # the mixers know
+  SINUSOIDAL = "sinusoidal"  # see `moe_jax.layers.sinusoidal`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +73,7 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A decoder-only language model.
+  """A language model: a decoder, or with `encoder` the decoder behind an encoder.
 
   A section that no block uses is None, `mlp` excepted, and the other way round.
 
@@ -74,8 +91,14 @@ class ModelConfig:
     global_attention: the mixer "global_attention", the second kind of models that interleave two:
       layers without a window among layers with one.
     latent_attention: the mixer "latent_attention".
-    norm: of the residual stream, before every mixer and feed-forward and before the head.
-    norm_epsilon: of those norms.
+    mamba: the mixer "mamba", a selective state space.
+    encoder: another stack, of its own parameters but for the embedding, whose output all blocks of
+      the decoder look at.
+    cross_attention: how they do, between mixer and feed-forward.
+    position_embedding, position_offset: what is added to the embeddings, and the number of a row's
+      first position.
+    norm, norm_epsilon: of the residual stream.
+    norm_placement: where in it they stand.
     tie_embeddings: the head is the transposed embedding.
     head_bias: a bias on the logits (Phi).
     embedding_multiplier, residual_multiplier: factors of the embedding, and of what every mixer and
@@ -103,7 +126,13 @@ class ModelConfig:
   depth: DepthConfig | None = None
   global_attention: AttentionConfig | None = None
   latent_attention: LatentAttentionConfig | None = None
+  mamba: MambaConfig | None = None
+  encoder: EncoderConfig | None = None
+  cross_attention: AttentionConfig | None = None
+  position_embedding: PositionEmbedding = PositionEmbedding.NONE
+  position_offset: int = 0
   norm: Norm = Norm.RMSNORM
+  norm_placement: NormPlacement = NormPlacement.PRE
   norm_epsilon: float = 1e-6
   tie_embeddings: bool = False
   head_bias: bool = False
@@ -119,7 +148,13 @@ class ModelConfig:
   scan_unroll: int = 1
 
   def __post_init__(self):
-    for name, kind in {"remat": Remat, "norm": Norm}.items():
+    choices = {
+      "remat": Remat,
+      "norm": Norm,
+      "norm_placement": NormPlacement,
+      "position_embedding": PositionEmbedding,
+    }
+    for name, kind in choices.items():
       object.__setattr__(self, name, as_choice(kind, name, getattr(self, name)))
     for name in ("vocab_size", "model_dim", "scan_unroll"):
       if getattr(self, name) < 1:
@@ -142,8 +177,10 @@ class ModelConfig:
         f"mtp_depth = {self.mtp_depth} with mtp_loss_weight = {self.mtp_loss_weight} is refused:"
         " both must be 0 or greater"
       )
+    self._check_encoder()
     self._check_sections()
     self._check_experts()
+    self._check_stream()
     # JSON gives lists, and a config must be hashable: it is part of what is compiled.
     object.__setattr__(self, "segments", tuple(map(tuple, self.segments)))
 
@@ -151,6 +188,12 @@ class ModelConfig:
     """Refuses a block without its section, and a section without its block."""
     blocks = [block for segment in self.parsed_segments() for block in segment.pattern]
     words = {word for block in blocks for word in block}
+    words |= {word for block in self._encoder_layers() for word in block}
+    if self.global_attention and self.global_attention.relative_bias_shared:
+      raise UserError(
+        "global_attention.relative_bias_shared = True is refused: only the mixer attention shares"
+        " its bias; leave it out"
+      )
     for word, name in (MIXERS | FEED_FORWARDS).items():
       given = getattr(self, name) is not None
       if word in words and not given:
@@ -166,6 +209,74 @@ class ModelConfig:
       raise UserError(
         f"segments = {self.segments} and depth = {self.depth} contradict each other: blocks such"
         " as 'attention:dense:depth' need a depth section, and a depth section such blocks"
+      )
+    if any(block[0] == "mamba" and DEPTH in block for block in blocks):
+      raise UserError(
+        f"segments = {self.segments} has a mamba block that only some tokens take, which is not"
+        " supported: use for example 'attention:dense:depth', or 'mamba:dense' for all tokens"
+      )
+
+  def _check_stream(self) -> None:
+    if self.norm_placement == NormPlacement.POST and (self.depth is not None or self.mtp_depth):
+      raise UserError(
+        f"norm_placement = post with depth = {self.depth} and mtp_depth = {self.mtp_depth} is"
+        " refused: both add to a residual stream that no norm cuts; use norm_placement = pre"
+      )
+    embedding = self.position_embedding
+    if embedding == PositionEmbedding.NONE and self.position_offset:
+      raise UserError(
+        f"position_offset = {self.position_offset} would be ignored with position_embedding = none:"
+        " use sinusoidal, or leave it out"
+      )
+    if self.position_offset < 0:
+      raise UserError(
+        f"position_offset = {self.position_offset} is refused: it must be 0 or greater"
+      )
+    if embedding == PositionEmbedding.SINUSOIDAL and (self.model_dim % 2 or self.model_dim < 4):
+      raise UserError(
+        f"model_dim = {self.model_dim} is refused: sinusoidal embeddings are sines and cosines, so"
+        " it must be even and at least 4"
+      )
+
+  def _check_encoder(self) -> None:
+    """Refuses an encoder and what does not go with one."""
+    if (self.encoder is None) != (self.cross_attention is None):
+      given = "encoder" if self.cross_attention is None else "cross_attention"
+      raise UserError(
+        f"{given} is given alone: a decoder looks at its encoder's output by cross_attention, so"
+        " give encoder and cross_attention, or neither"
+      )
+    if self.encoder is None:
+      return
+    if self.depth is not None or self.mtp_depth:
+      raise UserError(
+        f"depth = {self.depth} and mtp_depth = {self.mtp_depth} are refused behind an encoder:"
+        " leave both out"
+      )
+    cross, plain = self.cross_attention, AttentionConfig(1, 1, 2, positions="none")
+    for name in (
+      "positions",
+      "window",
+      "chunk",
+      "relative_bias_buckets",
+      "query_temperature_floor",
+    ):
+      if getattr(cross, name) != getattr(plain, name):
+        raise UserError(
+          f"cross_attention.{name} = {getattr(cross, name)} is refused: an encoder's output has no"
+          f" place relative to the decoder's tokens; expected {getattr(plain, name)}"
+        )
+    if not 0 <= self.encoder.start_token < self.vocab_size:
+      raise UserError(
+        f"encoder.start_token = {self.encoder.start_token} is refused: it must be an id, from 0 to"
+        f" {self.vocab_size - 1}"
+      )
+    others = {word for block in self._encoder_layers() for word in block}
+    others -= {"attention", *FEED_FORWARDS}
+    if others:
+      raise UserError(
+        f"encoder.segments = {self.encoder.segments} has {others.pop()} blocks; expected"
+        f" attention and {' or '.join(FEED_FORWARDS)}, as in 'attention:dense attention:moe'"
       )
 
   def _check_experts(self) -> None:
@@ -194,9 +305,40 @@ class ModelConfig:
     """Returns (mixer, feed-forward), and "depth" after them if so, of every block in order."""
     return [block for s in self.parsed_segments() for block in s.pattern * s.repeats]
 
+  @property
+  def draws_numbers(self) -> bool:
+    """Tells whether training needs a random key."""
+    experts = self.moe is not None and self.moe.needs_key
+    return bool(self.dropout or (self.mlp and self.mlp.dropout) or experts)
+
+  def _encoder_layers(self) -> list[tuple[str, ...]]:
+    """Returns the words of every block of the encoder in order, none without one."""
+    segments = map(_parse_segment, self.encoder.segments if self.encoder else ())
+    return [block for s in segments for block in s.pattern * s.repeats]
+
+  def encoder_stack(self) -> "ModelConfig | None":
+    """Returns the encoder as a model's config of its own, None without one."""
+    if self.encoder is None:
+      return None
+    has_experts = any(block[1] == "moe" for block in self._encoder_layers())
+    return dataclasses.replace(
+      self,
+      segments=self.encoder.segments,
+      attention=self.encoder.attention,
+      moe=self.moe if has_experts else None,
+      encoder=None,
+      cross_attention=None,
+      global_attention=None,
+      latent_attention=None,
+      mamba=None,
+    )
+
   def moe_layers(self, *, train: bool = False) -> list[int]:
-    """Returns the indices of the blocks with experts; training has those of `mtp_depth` behind."""
-    kinds = [block[1] for block in self.layers()]
+    """Returns the indices of the blocks with experts; training has those of `mtp_depth` behind.
+
+    An encoder's blocks come first.
+    """
+    kinds = [block[1] for block in self._encoder_layers() + self.layers()]
     kinds += kinds[-1:] * (self.mtp_depth if train else 0)
     return [i for i, kind in enumerate(kinds) if kind == "moe"]
 

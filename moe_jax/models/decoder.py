@@ -7,45 +7,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.errors import UserError
+from moe_jax.layers.attention import cross_context
 from moe_jax.layers.attention_context import Places
 from moe_jax.layers.dropout import dropout, split_key
-from moe_jax.layers.norms import make_norm
 from moe_jax.layers.parameters import like, parameter, with_axes
-from moe_jax.models.config import DEPTH, ModelConfig
-from moe_jax.models.depths import DepthAux, DepthCache
-from moe_jax.models.mixers import empty_cache, mixer_contexts
+from moe_jax.models.config import ModelConfig
+from moe_jax.models.embedding import embed_tokens, make_embedding
+from moe_jax.models.encoder import Encoded
+from moe_jax.models.mixers import Context
+from moe_jax.models.model_aux import ModelAux, make_aux
 from moe_jax.models.multi_token import MultiTokenModule, look_ahead
-from moe_jax.models.stack import ScannedSegment, SegmentCache
+from moe_jax.models.stack import CROSS, Record, SegmentCache, Stack
 from moe_jax.moe.layer import NO_INPUTS, RouterInputs, TokenInfo
-from moe_jax.moe.plan import DensePlan, RoutingPlan
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ModelAux:
-  """What the routers decided, one entry a MoE layer in order of `ModelConfig.moe_layers`.
-
-  Attributes:
-    router_logits: list of (B, L, E) float32.
-    plans: list of `RoutingPlan` (or `DensePlan`).
-    losses: float32 means over layers by name, without coefficients, see `moe_jax.moe.losses`, and
-      `depth` of the depth blocks.
-    weighted_loss: float32 scalar, the sum over layers of coefficient * loss: the term added to the
-      objective (Switch, arXiv 2101.03961 section 2.2: "for each Switch layer"). Some code bases
-      take the mean over layers instead: divide the coefficients by the number of MoE layers.
-    metrics: float32 means over layers; per layer see `plans[i].metrics`.
-    depths: list of `DepthAux`, one a depth block in order.
-    mtp_logits: list of (B, L, V) float32, in training one for each depth k = 1, 2, ... of
-      multi-token prediction: of the token k + 1 places on.
-  """
-
-  router_logits: list[jax.Array]
-  plans: list[RoutingPlan | DensePlan]
-  losses: dict[str, jax.Array]
-  weighted_loss: jax.Array
-  metrics: dict[str, jax.Array]
-  depths: list[DepthAux]
-  mtp_logits: list[jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -57,29 +30,27 @@ class DecoderCache:
     segments: one `SegmentCache` a segment.
     token_mask: (B, M) bool over the M cache slots.
     index: int32 scalar, the next free slot.
+    encoded_mask: (B, M') bool, the real tokens of an encoder's output; None without an encoder.
   """
 
   segments: list[SegmentCache]
   token_mask: jax.Array
   index: jax.Array
+  encoded_mask: jax.Array | None = None
 
 
-class Decoder(nnx.Module):
-  """Pre-norm decoder of mixers and dense or expert feed-forwards."""
+class Decoder(Stack):
+  """Pre-norm decoder of mixers and dense or expert feed-forwards.
+
+  With `encoder` in its config it is the decoder of `moe_jax.models.EncoderDecoder`, and its blocks
+  look at an encoder's output too.
+  """
 
   def __init__(self, config: ModelConfig, *, key: jax.Array):
     embed_key, stack_key, head_key = jax.random.split(key, 3)
-    self.config = config
+    super().__init__(config, key=stack_key)
     D, V = config.model_dim, config.vocab_size
-    # Unit variance after the first norm whatever the scale; 1/sqrt(D) keeps a tied head's logits
-    # of order one.
-    self.embedding = parameter(embed_key, (V, D), ("vocab", "embed"), fan_in=D)
-    segments = config.parsed_segments()
-    keys = jax.random.split(stack_key, len(segments))
-    self.segments = nnx.List(
-      [ScannedSegment(config, s, key=k) for s, k in zip(segments, keys, strict=True)]
-    )
-    self.final_norm = make_norm(config.norm, D, config.norm_epsilon)
+    self.embedding = make_embedding(config, embed_key)
     if not config.tie_embeddings:
       self.head = parameter(head_key, (D, V), ("embed", "vocab"), fan_in=D)
     if config.head_bias:
@@ -95,6 +66,7 @@ class Decoder(nnx.Module):
     token_mask: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     positions: jax.Array | None = None,
+    encoded: Encoded | None = None,
     router_inputs: RouterInputs = NO_INPUTS,
     return_aux: bool = False,
     train: bool = False,
@@ -107,6 +79,7 @@ class Decoder(nnx.Module):
       token_mask: (B, L) bool, True = real token; None = all real.
       segment_ids: (B, L) int32 of packed documents; attention stays inside a segment.
       positions: (B, L) int32; None counts the real tokens of each row.
+      encoded: an encoder's output, for models that have one.
       router_inputs: what single routers are given, see `RouterInputs`; a leading axis of MoE
         layers everywhere.
       return_aux: also return the routers' record.
@@ -120,26 +93,56 @@ class Decoder(nnx.Module):
     Raises:
       UserError: shapes or dtypes that do not fit, or a missing key.
     """
-    _check_tokens(tokens, token_mask, segment_ids, positions)
-    self._check_key(train, key)
+    logits, records, further = self.logits_and_records(
+      tokens,
+      token_mask=token_mask,
+      segment_ids=segment_ids,
+      positions=positions,
+      encoded=encoded,
+      router_inputs=router_inputs,
+      train=train,
+      key=key,
+      look_further=return_aux,
+    )
+    return (logits, make_aux(self.config, records, further)) if return_aux else logits
+
+  def logits_and_records(
+    self,
+    tokens,
+    *,
+    token_mask,
+    segment_ids,
+    positions,
+    encoded,
+    router_inputs,
+    train,
+    key,
+    look_further=False,
+  ) -> tuple[jax.Array, list[Record], list[jax.Array]]:
+    """Returns logits, the records of blocks, and logits of further tokens; see `__call__`.
+
+    Training with `mtp_depth` looks further if `look_further` says so; the records of those blocks
+    come last.
+    """
+    check_tokens(tokens, token_mask, segment_ids, positions)
+    self.check_key(train, key)
     self._check_router_inputs(router_inputs, train)
     if token_mask is None:
       token_mask = jnp.ones(tokens.shape, bool)
     if positions is None:
-      positions = _count_positions(token_mask)
+      positions = count_positions(token_mask)
     slots = jnp.arange(tokens.shape[1])
     places = Places(slots, positions, positions, token_mask, segment_ids)
     info = TokenInfo(token_mask, tokens, segment_ids)
     key = key if train else None
-    x, _, records = self._run(info, places, None, inputs=router_inputs, key=key, train=train)
-    logits = self._logits(x, self.final_norm)
-    if not return_aux:
-      return logits
+    contexts = self._contexts(places, encoded)
+    x = self.embed(tokens, token_mask, positions)
+    x, _, records = self._run(x, info, contexts, None, inputs=router_inputs, key=key, train=train)
     further = []
-    if train and self.config.mtp_depth:
-      further, own = self._predict_further(x, info, places, router_inputs, key)
+    if look_further and train and self.config.mtp_depth:
+      further, own = self._predict_further(x, info, places, contexts, router_inputs, key)
       records += own
-    return logits, self._aux(records, further)
+    return self._logits(self.finish(x)), records, further
 
   def decode(
     self, tokens: jax.Array, cache: DecoderCache, *, token_mask: jax.Array | None = None
@@ -155,73 +158,74 @@ class Decoder(nnx.Module):
       UserError: shapes or dtypes that do not fit, a cache that is full or of another batch, or a
         router that reads the ids of earlier tokens.
     """
-    _check_tokens(tokens, token_mask)
+    check_tokens(tokens, token_mask)
     _check_room(tokens, cache)
     _check_ids_suffice(self.config)
     if token_mask is None:
       token_mask = jnp.ones(tokens.shape, bool)
     seen = jnp.sum(cache.token_mask, axis=1, keepdims=True)
-    positions = seen + _count_positions(token_mask)
+    positions = seen + count_positions(token_mask)
     slots_mask = jax.lax.dynamic_update_slice_in_dim(
       cache.token_mask, token_mask, cache.index, axis=1
     )
     places = Places(
       cache.index + jnp.arange(tokens.shape[1]),
       positions,
-      _count_positions(slots_mask),
+      count_positions(slots_mask),
       slots_mask,
       cache_index=cache.index,
     )
     info = TokenInfo(token_mask, tokens)
+    contexts = self.contexts(places)
+    if cache.encoded_mask is not None:
+      contexts[CROSS] = cross_context(None, _to_all(cache.encoded_mask, tokens.shape[1]))
+    x = self.embed(tokens, token_mask, positions)
     x, segments, _ = self._run(
-      info, places, cache.segments, inputs=NO_INPUTS, key=None, train=False
+      x, info, contexts, cache.segments, inputs=NO_INPUTS, key=None, train=False
     )
     index = cache.index + tokens.shape[1]
     # An update beyond the last slot would silently overwrite earlier ones.
     x = jnp.where(index <= slots_mask.shape[1], x, jnp.nan)
-    return self._logits(x, self.final_norm), DecoderCache(segments, slots_mask, index)
-
-  def init_cache(self, batch_size: int, num_slots: int) -> DecoderCache:
-    """Returns an empty cache for `num_slots` tokens a row, prompt and new ones together."""
-
-    def empty(repeats, block):
-      slots = (repeats, batch_size, num_slots)
-      cache = empty_cache(self.config, block[0], slots)
-      return DepthCache(cache, jnp.zeros(slots, bool)) if DEPTH in block else cache
-
-    segments = [
-      tuple(empty(s.repeats, block) for block in s.pattern) for s in self.config.parsed_segments()
-    ]
-    return DecoderCache(segments, jnp.zeros((batch_size, num_slots), bool), jnp.int32(0))
-
-  def _run(self, tokens: TokenInfo, places: Places, caches, *, inputs, key, train):
-    embed_key, *keys = split_key(key, 1 + len(self.segments))
-    x = dropout(self._embed(tokens.ids, tokens.mask), self.config.dropout, embed_key)
-    contexts = mixer_contexts(self.config, places)
-    caches = [None] * len(self.segments) if caches is None else caches
-    new_caches, records, layer = [], [], 0
-    for segment, cache, segment_key in zip(self.segments, caches, keys, strict=True):
-      mine = slice(layer, layer := layer + segment.num_moe_layers)
-      own = jax.tree.map(lambda a, mine=mine: a[mine], inputs)
-      x, cache, aux = segment(x, contexts, tokens, cache, inputs=own, key=segment_key, train=train)
-      new_caches.append(cache)
-      records.extend(aux)
-    return x, new_caches, records
-
-  def _embed(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
-    # An id outside the vocabulary must not pass for a word; what padding holds does not matter.
-    ids = jnp.where(mask, ids, 0)
-    x = (
-      self.embedding[...]
-      .at[ids]
-      .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-      .astype(self.config.dtype)
+    return self._logits(self.finish(x)), DecoderCache(
+      segments, slots_mask, index, cache.encoded_mask
     )
-    return x * self.config.embedding_multiplier
 
-  def _predict_further(self, x, tokens: TokenInfo, places: Places, inputs, key):
+  def init_cache(
+    self, batch_size: int, num_slots: int, encoded: Encoded | None = None
+  ) -> DecoderCache:
+    """Returns a cache for `num_slots` tokens a row, prompt and new ones together.
+
+    It is empty but for the keys and values of an encoder's output, which are made here, once.
+    """
+    self._check_encoded(encoded)
+    caches, mask = self.empty_caches(batch_size, num_slots), None
+    if encoded is not None:
+      mask = encoded.mask
+      context = cross_context(encoded.hidden, _to_all(mask, 1))
+      caches = self.with_encoded(caches, encoded.hidden, context)
+    return DecoderCache(caches, jnp.zeros((batch_size, num_slots), bool), jnp.int32(0), mask)
+
+  def _contexts(self, places: Places, encoded: Encoded | None) -> dict[str, Context]:
+    self._check_encoded(encoded)
+    contexts = self.contexts(places)
+    if encoded is not None:
+      mask = _to_all(encoded.mask, places.query_positions.shape[1])
+      if encoded.segment_ids is not None:
+        mask &= places.segment_ids[:, :, None] == encoded.segment_ids[:, None, :]
+      contexts[CROSS] = cross_context(encoded.hidden, mask)
+    return contexts
+
+  def _run(self, x, tokens: TokenInfo, contexts, caches, *, inputs, key, train):
+    embed_key, *keys = split_key(key, 1 + len(self.segments))
+    x = dropout(x, self.config.dropout, embed_key)
+    return self.run(x, contexts, tokens, caches, inputs=inputs, keys=keys, train=train)
+
+  def embed(self, ids: jax.Array, mask: jax.Array, positions: jax.Array) -> jax.Array:
+    """Returns the embeddings (B, L, D) of ids (B, L); see `embed_tokens`."""
+    return embed_tokens(self.embedding[...], self.config, ids, mask, positions)
+
+  def _predict_further(self, x, tokens: TokenInfo, places: Places, contexts, inputs, key):
     """Returns the logits of every depth of multi-token prediction, and the experts' records."""
-    contexts = mixer_contexts(self.config, places)
     keys = split_key(None if key is None else jax.random.fold_in(key, 1), len(self.mtp))
     logits, records = [], []
     layer = len(self.config.moe_layers())
@@ -230,64 +234,61 @@ class Decoder(nnx.Module):
       ids, info = look_ahead(tokens, depth)
       x, own = module(
         x,
-        self._embed(ids, info.mask),
+        self.embed(ids, info.mask, places.query_positions + depth),
         contexts,
         info,
         inputs=jax.tree.map(lambda a, mine=mine: a[mine], inputs),
         key=module_key,
       )
-      logits.append(self._logits(x, module.final_norm))
+      logits.append(self._logits(module.final_norm(x)))
       records.extend(own)
     return logits, records
 
-  def _logits(self, x: jax.Array, norm) -> jax.Array:
-    x = norm(x)
+  def _logits(self, x: jax.Array) -> jax.Array:
     head = self.embedding[...].T if self.config.tie_embeddings else self.head[...]
     logits = jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
     if self.config.head_bias:
       logits += like(self.head_bias[...], logits)
     return logits / self.config.logits_divisor
 
-  def _aux(self, records, mtp_logits) -> ModelAux:
-    depths = [record for record in records if isinstance(record, DepthAux)]
-    records = [record.moe if isinstance(record, DepthAux) else record for record in records]
-    records = [record for record in records if record is not None]
-    plans = [record.plan for record in records]
-    losses = _mean([plan.losses for plan in plans])
-    metrics = _mean([plan.metrics for plan in plans])
-    weighted = sum((record.weighted_loss for record in records), jnp.float32(0.0))
-    if depths:
-      losses |= _mean([{"depth": each.loss} for each in depths])
-      metrics |= _mean([{f"depth_{n}": m for n, m in d.metrics.items()} for d in depths])
-      weighted += self.config.depth.loss_weight * sum(each.loss for each in depths)
-    logits = [record.router_logits for record in records]
-    return ModelAux(logits, plans, losses, weighted, metrics, depths, mtp_logits)
-
-  def _check_key(self, train, key) -> None:
-    c = self.config
-    draws = c.dropout or (c.mlp and c.mlp.dropout) or (c.moe and c.moe.needs_key)
-    if train and key is None and draws:
+  def check_key(self, train: bool, key: jax.Array | None) -> None:
+    """Refuses training without a key that the model needs."""
+    if train and key is None and self.config.draws_numbers:
       raise UserError(
         "training this model draws random numbers: key = None was given, a jax.random.key is needed"
       )
 
+  def _check_encoded(self, encoded: Encoded | None) -> None:
+    if (encoded is None) != (self.config.encoder is None):
+      given = (
+        "no encoder's output was given" if encoded is None else "an encoder's output was given"
+      )
+      has = "none" if self.config.encoder is None else "one"
+      raise UserError(f"the model's config has {has} and {given}: expected both or neither")
+
   def _check_router_inputs(self, inputs: RouterInputs, train: bool) -> None:
-    layers = len(self.config.moe_layers(train=train))
-    for name, value in vars(inputs).items():
-      if value is not None and value.shape[:1] != (layers,):
-        raise UserError(
-          f"router_inputs.{name} has shape {value.shape}; expected a leading axis of {layers}, the"
-          " number of MoE layers"
-        )
+    further = train and self.config.mtp_depth
+    stacks = [*self.segments, *([each.segment for each in self.mtp] if further else [])]
+    check_router_inputs(inputs, sum(stack.num_moe_layers for stack in stacks))
 
 
-def _mean(layers: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
-  """Returns the mean over layers of each entry; nothing without layers."""
-  names = layers[0] if layers else ()
-  return {name: sum(layer[name] for layer in layers) / len(layers) for name in names}
+def _to_all(mask_BM: jax.Array, length: int) -> jax.Array:
+  """Returns (B, L, M): every query may look at what is real."""
+  return jnp.broadcast_to(mask_BM[:, None, :], (mask_BM.shape[0], length, mask_BM.shape[1]))
 
 
-def _check_tokens(tokens, token_mask=None, segment_ids=None, positions=None) -> None:
+def check_router_inputs(inputs: RouterInputs, layers: int) -> None:
+  """Refuses inputs whose leading axis is not that of the MoE layers."""
+  for name, value in vars(inputs).items():
+    if value is not None and value.shape[:1] != (layers,):
+      raise UserError(
+        f"router_inputs.{name} has shape {value.shape}; expected a leading axis of {layers}, the"
+        " number of MoE layers"
+      )
+
+
+def check_tokens(tokens, token_mask=None, segment_ids=None, positions=None) -> None:
+  """Refuses tokens (B, L) and what comes with them where shapes or dtypes do not fit."""
   if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
     raise UserError(
       f"tokens have shape {tokens.shape} and dtype {tokens.dtype}; expected"
@@ -324,5 +325,6 @@ def _check_ids_suffice(config: ModelConfig) -> None:
     )
 
 
-def _count_positions(token_mask: jax.Array) -> jax.Array:
+def count_positions(token_mask: jax.Array) -> jax.Array:
+  """Returns the positions (B, L) of tokens, counted in the real ones of each row."""
   return jnp.maximum(jnp.cumsum(token_mask, axis=1, dtype=jnp.int32) - 1, 0)

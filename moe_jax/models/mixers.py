@@ -7,16 +7,19 @@ import jax
 from moe_jax.layers.attention import Attention, KVCache
 from moe_jax.layers.attention_context import AttentionContext, Places
 from moe_jax.layers.latent_attention import LatentAttention, LatentCache
+from moe_jax.layers.mamba import Mamba, MambaCache
+from moe_jax.layers.mamba_context import MambaContext
 from moe_jax.models.config import ModelConfig
 
-Cache = KVCache | LatentCache
+Cache = KVCache | LatentCache | MambaCache
+Context = AttentionContext | MambaContext
 
 
 class Mixer(Protocol):
   """A module that moves information between the tokens of a row."""
 
   @staticmethod
-  def context(config: Any, places: Places) -> AttentionContext:
+  def context(config: Any, places: Places) -> Context:
     """Returns what all layers of this config share in a call."""
 
   @staticmethod
@@ -24,7 +27,7 @@ class Mixer(Protocol):
     """Returns a cache of zeros for `slots` (..., B, M)."""
 
   def __call__(
-    self, x: jax.Array, context: AttentionContext, cache: Cache | None, *, key: jax.Array | None
+    self, x: jax.Array, context: Context, cache: Cache | None, *, key: jax.Array | None
   ) -> tuple[jax.Array, Cache | None]:
     """Maps x (B, L, D) to (B, L, D), and the cache to the one that holds these tokens too."""
 
@@ -33,6 +36,7 @@ _MODULES: dict[str, type[Mixer]] = {
   "attention": Attention,
   "global_attention": Attention,
   "latent_attention": LatentAttention,
+  "mamba": Mamba,
 }
 
 
@@ -47,7 +51,7 @@ def make_mixer(config: ModelConfig, word: str, key: jax.Array) -> Mixer:
   )
 
 
-def mixer_contexts(config: ModelConfig, places: Places) -> dict[str, AttentionContext]:
+def mixer_contexts(config: ModelConfig, places: Places) -> dict[str, Context]:
   """Returns the context of every kind of mixer that the model has, by its word."""
   return {word: _MODULES[word].context(each, places) for word, each in config.mixers().items()}
 

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.layers.attention_context import AttentionContext
 from moe_jax.layers.norms import make_norm
 from moe_jax.layers.parameters import parameter
 from moe_jax.models.config import ModelConfig, Segment
+from moe_jax.models.mixers import Context
 from moe_jax.models.stack import Record, ScannedSegment
 from moe_jax.moe.layer import RouterInputs, TokenInfo
 
@@ -45,7 +45,7 @@ class MultiTokenModule(nnx.Module):
     self,
     hidden: jax.Array,
     embedded: jax.Array,
-    contexts: dict[str, AttentionContext],
+    contexts: dict[str, Context],
     tokens: TokenInfo,
     *,
     inputs: RouterInputs,

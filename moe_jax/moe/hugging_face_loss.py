@@ -1,4 +1,4 @@
-"""The balance loss as Hugging Face's MoE models define it, for comparison with their figures."""
+"""Router losses as Hugging Face's MoE models define them, for comparison with their figures."""
 
 from collections.abc import Sequence
 
@@ -31,3 +31,22 @@ def hugging_face_load_balance_loss(
   f_E = jnp.mean(chosen_NE, axis=0, where=real_N[:, None])
   P_E = jnp.mean(probs_NE, axis=0, where=real_N[:, None])
   return experts * jnp.sum(f_E * P_E)
+
+
+def switch_router_losses(router_logits: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
+  """Returns balance loss and z-loss of one stack as transformers' Switch has them, float32 scalars.
+
+  The layers' tokens follow each other in one sequence, of which f and P are means; the balance loss
+  E * sum_e f_e P_e is then a mean over sequences (`load_balancing_loss_func` and
+  `router_z_loss_func` of its Switch Transformers). Padding counts, and so does what was dropped.
+  The original's training loss takes both as 0 for stacks whose layers all have experts.
+
+  Args:
+    router_logits: (B, L, E) float32 of every MoE layer of the encoder, or of the decoder.
+  """
+  logits_BNE = jnp.concatenate(router_logits, axis=1)
+  E = logits_BNE.shape[-1]
+  f_BE = jnp.mean(jax.nn.one_hot(jnp.argmax(logits_BNE, axis=-1), E), axis=1)
+  P_BE = jnp.mean(jax.nn.softmax(logits_BNE, axis=-1), axis=1)
+  z_loss = jnp.mean(jnp.square(jax.nn.logsumexp(logits_BNE, axis=-1)))
+  return E * jnp.mean(jnp.sum(f_BE * P_BE, axis=-1)), z_loss

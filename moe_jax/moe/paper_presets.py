@@ -68,6 +68,26 @@ PAPER_PRESETS: dict[str, dict] = {
     balance_scope=BalanceScope.GROUP,
     balance_loss_weight=0.01,
   ),
+  # NLLB-MoE, arXiv 2207.04672 section 6.2 and the released checkpoint (fairseq): GShard's top-2
+  # without its random second choice, weights renormalised over what got a slot, two slots a token
+  # in training. The release evaluates with room for every token; expert output masking of 0.2 is
+  # not part of the router, but scales its weights outside training. Fairseq rounds the two slots up
+  # as 2 * ceil(tokens / experts).
+  "nllb": dict(
+    num_experts=128,
+    top_k=2,
+    weighting=Weighting.RENORMALIZED_AFTER_DROP,
+    weight_scale=0.8,
+    capacity_convention=CapacityConvention.PER_TOKEN,
+    capacity_factor=2.0,
+    eval_capacity_factor=lambda num_experts: float(num_experts),
+    capacity_rounding=Rounding.CEIL,
+    drop_order=DropOrder.CHOICE_MAJOR,
+    grouping=Grouping.BATCH,
+    balance_fraction=BalanceFraction.FIRST_CHOICE,
+    balance_scope=BalanceScope.BATCH,
+    balance_loss_weight=0.01,
+  ),
   # Switch Transformer, arXiv 2101.03961: top-1 weighted by its probability (Eq. 2), capacity
   # tokens / experts * factor (Eq. 3), loss Eq. 4 with alpha = 0.01; 128 experts in Switch-Base
   # (Table 9). The paper gives no rounding and no evaluation factor; Mesh TensorFlow, where it was

@@ -4,13 +4,15 @@ import dataclasses
 import fractions
 
 from moe_jax.models import ModelConfig
-from moe_jax.models.config import DEPTH
+from moe_jax.models.config import DEPTH, NormPlacement
 from moe_jax.moe.options import BiasUpdate
 from moe_jax.planning.sizes import (
   Size,
+  attention_size,
   feed_forward_size,
   mixer_size,
   norm_size,
+  relative_bias_size,
   router_size,
   shared_experts_size,
 )
@@ -19,6 +21,8 @@ COMPONENTS = (
   "embedding",
   "head",
   "attention",
+  "mamba",
+  "cross_attention",
   "dense_feed_forward",
   "router",
   "routed_experts",
@@ -77,7 +81,7 @@ class ParameterCount:
 
   @property
   def active(self) -> int:
-    """All but the experts a token does not visit; embedding and head included."""
+    """All but the experts a token does not visit; embedding, head and encoder included."""
     return round(sum(part.active for part in self.components.values()))
 
   @property
@@ -109,14 +113,31 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
   parts = dict.fromkeys(COMPONENTS, Component())
   for name, size, share in _outside_blocks(config):
     parts[name] = parts[name].plus(size, share)
-  for block in config.layers():
-    for name, size, share in _block(config, block):
+  for stack in stacks(config):
+    for name, size, share in _around_blocks(stack):
       parts[name] = parts[name].plus(size, share)
+    for block in stack.layers():
+      for name, size, share in _block(stack, block):
+        parts[name] = parts[name].plus(size, share)
   biases = 0
   if config.moe is not None and config.moe.routing.bias_update != BiasUpdate.NONE:
     biases = len(config.moe_layers()) * config.moe.routing.num_logits
   parts = {name: part for name, part in parts.items() if part.total}
   return ParameterCount(parts, _multi_token(config), biases)
+
+
+def stacks(config: ModelConfig) -> list[ModelConfig]:
+  """Returns the config of the encoder, if there is one, and that of the decoder."""
+  encoder = config.encoder_stack()
+  return [config] if encoder is None else [encoder, config]
+
+
+def _around_blocks(stack: ModelConfig):
+  """Yields (component, size, share of tokens) of what a stack has besides its blocks."""
+  if stack.norm_placement == NormPlacement.PRE:
+    yield "norms", norm_size(stack, stack.model_dim), _WHOLE
+  if stack.attention is not None and stack.attention.relative_bias_shared:
+    yield "attention", Size(0, relative_bias_size(stack.attention)), _WHOLE
 
 
 def _multi_token(config: ModelConfig) -> Component:
@@ -140,8 +161,9 @@ def _outside_blocks(config: ModelConfig):
   else:
     yield "embedding", Size(0, embedding), _WHOLE
     yield "head", Size(embedding), _WHOLE
+  if config.encoder is not None and config.encoder.own_embedding:
+    yield "embedding", Size(0, embedding), _WHOLE
   yield "head", Size(0, config.vocab_size if config.head_bias else 0), _WHOLE
-  yield "norms", norm_size(config, config.model_dim), _WHOLE
 
 
 def _block(config: ModelConfig, block: tuple[str, ...]):
@@ -153,7 +175,11 @@ def _block(config: ModelConfig, block: tuple[str, ...]):
     share = fractions.Fraction(str(config.depth.capacity))
   for _ in range(2):
     yield "norms", norm_size(config, D), share
-  yield "attention", mixer_size(config, mixer), share
+  component = "mamba" if mixer == "mamba" else "attention"
+  yield component, mixer_size(config, mixer), share
+  if config.cross_attention is not None:
+    yield "cross_attention", attention_size(D, config.cross_attention), share
+    yield "norms", norm_size(config, D), share
   if feed_forward == "dense":
     yield "dense_feed_forward", feed_forward_size(D, config.mlp), share
     return

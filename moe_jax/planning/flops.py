@@ -15,7 +15,7 @@ from moe_jax.moe.dispatch import Dispatch
 from moe_jax.moe.layer import MoEConfig
 from moe_jax.moe.options import Grouping
 from moe_jax.planning.count import count_parameters
-from moe_jax.planning.sizes import score_width
+from moe_jax.planning.sizes import score_width, state_flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +36,21 @@ class DispatchCost:
 def forward_flops(config: ModelConfig, sequence_length: int) -> dict[str, float]:
   """Returns the FLOPs a token of one forward pass by component; their sum is the model's.
 
-  Two for each active parameter of a matrix, and under `attention_scores` the products with keys
-  and values: a token looks back on what its mask shows, the mean over a sequence.
+  A token of an encoder-decoder is one of the encoder and one of the decoder together, whose
+  sequences are of one length.
+
+  Two for each active parameter of a matrix; under `attention_scores` the products with keys and
+  values: a token looks back on what its mask shows, the mean over a sequence; under `state_scan`
+  what Mamba layers do with their states.
   """
   parts = count_parameters(config).components
   flops = {name: 2.0 * float(part.matmul_active) for name, part in parts.items()}
   flops = {name: value for name, value in flops.items() if value}
-  return flops | {"attention_scores": _score_flops(config, sequence_length)}
+  flops["attention_scores"] = _score_flops(config, sequence_length)
+  if config.mamba is not None:
+    layers = sum(block[0] == "mamba" for block in config.layers())
+    flops["state_scan"] = layers * state_flops(config.mamba)
+  return flops
 
 
 def forward_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
@@ -67,7 +75,9 @@ def multi_token_flops_per_token(config: ModelConfig, sequence_length: int) -> fl
   """
   modules = count_parameters(config).multi_token.matmul_active
   head = config.vocab_size * config.model_dim
-  scores = _block_scores(config, config.layers()[-1][:2], sequence_length)
+  last = config.layers()[-1][:2]
+  scores = _block_scores(config, last, sequence_length)
+  scores += state_flops(config.mamba) if last[0] == "mamba" else 0.0
   return 3.0 * (2.0 * float(modules + config.mtp_depth * head) + config.mtp_depth * scores)
 
 
@@ -120,10 +130,19 @@ def _group_tokens(routing: RoutingConfig, batch_size: int, sequence_length: int)
 
 def _score_flops(config: ModelConfig, length: int) -> float:
   """Returns the FLOPs a token of all layers' products with keys and values."""
-  return math.fsum(_block_scores(config, block, length) for block in config.layers())
+  own = math.fsum(_block_scores(config, block, length) for block in config.layers())
+  if config.encoder is None:
+    return own
+  # An encoder's tokens see all others, and so do the decoder's those of the encoder.
+  encoder, across = config.encoder_stack(), config.cross_attention
+  pairs = len(encoder.layers()) * encoder.attention.num_heads * score_width(encoder.attention)
+  pairs += len(config.layers()) * across.num_heads * score_width(across)
+  return own + 2.0 * length * pairs
 
 
 def _block_scores(config: ModelConfig, block: tuple[str, ...], length: int) -> float:
+  if block[0] == "mamba":
+    return 0.0
   section = config.mixers()[block[0]]
   share, seen = 1.0, length
   if DEPTH in block:

@@ -11,7 +11,13 @@ from moe_jax.planning.flops import (
   multi_token_flops_per_token,
   training_flops_per_token,
 )
-from moe_jax.planning.memory import cache_bytes_per_token, optimizer_bytes, weight_bytes
+from moe_jax.planning.memory import (
+  cache_bytes_per_sequence,
+  cache_bytes_per_token,
+  encoded_cache_bytes_per_token,
+  optimizer_bytes,
+  weight_bytes,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +42,9 @@ class Plan:
     dispatch_flops_per_token_forward, empty_slot_flops_per_token_forward: what that form adds, over
       all MoE layers, see `DispatchCost`.
     slots_per_token: rows that experts compute for a token in one layer.
-    cache_bytes_per_token: see `moe_jax.planning.memory`, as are the other bytes.
+    cache_bytes_per_token, encoded_cache_bytes_per_token, cache_bytes_per_sequence: of a token that
+      is decoded, of one that an encoder read, and of a sequence whatever its length; see
+      `moe_jax.planning.memory`, as for the other bytes.
     weight_bytes, gradient_bytes, optimizer_bytes: float32, as training keeps them.
   """
 
@@ -58,6 +66,8 @@ class Plan:
   empty_slot_flops_per_token_forward: float
   slots_per_token: float
   cache_bytes_per_token: int
+  encoded_cache_bytes_per_token: int
+  cache_bytes_per_sequence: int
   weight_bytes: int
   gradient_bytes: int
   optimizer_bytes: int
@@ -88,6 +98,8 @@ def plan_model(config: ModelConfig, *, batch_size: int, sequence_length: int) ->
     flops_per_token_forward_by_component=flops,
     **_dispatch(config, batch_size, sequence_length),
     cache_bytes_per_token=cache_bytes_per_token(config),
+    encoded_cache_bytes_per_token=encoded_cache_bytes_per_token(config),
+    cache_bytes_per_sequence=cache_bytes_per_sequence(config),
     weight_bytes=weight_bytes(config),
     gradient_bytes=optimizer_bytes(config) // 2,
     optimizer_bytes=optimizer_bytes(config),

@@ -8,6 +8,7 @@ of relative positions).
 from typing import NamedTuple
 
 from moe_jax.layers.attention_config import AttentionConfig, LatentAttentionConfig
+from moe_jax.layers.mamba_config import MambaConfig
 from moe_jax.layers.mlp import FeedForwardConfig
 from moe_jax.models.config import ModelConfig
 from moe_jax.moe.layer import MoEConfig, SharedCombine
@@ -34,17 +35,25 @@ def mixer_size(config: ModelConfig, mixer: str) -> Size:
   section = config.mixers()[mixer]
   if isinstance(section, LatentAttentionConfig):
     return _latent_attention_size(config.model_dim, section)
-  return _attention_size(config.model_dim, section)
+  if isinstance(section, MambaConfig):
+    return _mamba_size(config.model_dim, section)
+  return attention_size(config.model_dim, section)
 
 
-def _attention_size(D: int, c: AttentionConfig) -> Size:
+def attention_size(D: int, c: AttentionConfig) -> Size:
+  """Returns the size of one attention layer, without a bias that it shares with others."""
   queries, keys = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
   rest = {"head": 2 * c.head_dim, "projection": queries + keys}.get(c.qk_norm, 0)
   rest += queries + 2 * keys if c.qkv_bias else 0
   rest += D if c.out_bias else 0
   rest += c.num_heads if c.sinks else 0
-  rest += c.num_heads * (c.relative_bias_buckets or 0)
+  rest += 0 if c.relative_bias_shared else relative_bias_size(c)
   return Size(2 * D * queries + 2 * D * keys, rest)
+
+
+def relative_bias_size(c: AttentionConfig) -> int:
+  """Returns the numbers of one table of relative biases, 0 without."""
+  return c.num_heads * (c.relative_bias_buckets or 0)
 
 
 def _latent_attention_size(D: int, c: LatentAttentionConfig) -> Size:
@@ -60,6 +69,36 @@ def _latent_attention_size(D: int, c: LatentAttentionConfig) -> Size:
   matrices += D * (c.kv_rank + c.rope_dim)
   matrices += c.kv_rank * c.num_heads * (c.nope_dim + c.value_dim)
   return Size(matrices + c.num_heads * c.value_dim * D, rest)
+
+
+def _mamba_size(D: int, c: MambaConfig) -> Size:
+  """Mamba with Jamba's norms; a weight of the convolution multiplies every token once."""
+  selected = c.step_rank + 2 * c.state_dim
+  matrices = c.inner_dim * (3 * D + selected + c.step_rank + c.conv_width)
+  # Decay, skip and the bias of the steps; the three norms have the width of what is selected.
+  rest = c.inner_dim * (c.state_dim + 2) + selected
+  rest += c.inner_dim if c.conv_bias else 0
+  rest += 2 * c.inner_dim + D if c.proj_bias else 0
+  return Size(matrices, rest)
+
+
+def state_flops(c: MambaConfig) -> float:
+  """Returns the FLOPs a token of a selective scan: 6 for each of the I N numbers of its state.
+
+  Step times decay, what the state keeps plus what is written (and the product that makes it), and
+  the product with what is read.
+  """
+  return 6.0 * c.inner_dim * c.state_dim
+
+
+def state_bytes(c: MambaConfig, itemsize: int) -> int:
+  """Returns the bytes that decoding keeps of a sequence in one layer, whatever its length.
+
+  Args:
+    c: the mixer.
+    itemsize: bytes of an activation, of which the convolution's window is; the state is float32.
+  """
+  return c.inner_dim * ((c.conv_width - 1) * itemsize + 4 * c.state_dim)
 
 
 def score_width(section: AttentionConfig | LatentAttentionConfig) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 from moe_jax.choices import as_choice
 from moe_jax.config import dataclass_from, import_modules, section
 from moe_jax.data.config import DataConfig
+from moe_jax.data.objectives import Objective, ObjectiveConfig, PairMaker, span_counts
 from moe_jax.data.tokenizers import get_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.inference.sampling import check_sampling
@@ -172,6 +173,7 @@ class ExperimentConfig:
   Attributes:
     model: the architecture, its experts and vocabulary included.
     data: what to train on.
+    objective: what is asked of it.
     seed: of initialisation, data order, and everything random in a step.
     steps: optimiser steps.
     batch_size: sequences an optimiser step.
@@ -186,6 +188,7 @@ class ExperimentConfig:
 
   model: ModelConfig
   data: DataConfig = DataConfig()
+  objective: ObjectiveConfig = ObjectiveConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   eval: EvalConfig = EvalConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
@@ -209,6 +212,7 @@ class ExperimentConfig:
         f"accumulation_steps = {self.accumulation_steps} does not divide batch_size"
         f" = {self.batch_size}"
       )
+    self._check_objective()
     if self.repair.every:
       self._check_repair()
     if self.model.moe is not None:
@@ -219,6 +223,35 @@ class ExperimentConfig:
           f"moe.capacity = {routing.capacity} contradicts moe.overflow = dropless; set overflow ="
           " drop to use it, or capacity = none"
         )
+
+  @property
+  def pair_maker(self) -> PairMaker | None:
+    """What makes pairs of records for an encoder-decoder; None for a decoder."""
+    if self.model.encoder is None:
+      return None
+    return PairMaker(self.objective, self.model.encoder.start_token, self.model.vocab_size)
+
+  @property
+  def question(self) -> tuple[int, ...]:
+    """The ids that follow a prompt which the model is to continue."""
+    return () if self.pair_maker is None else self.pair_maker.question
+
+  def _check_objective(self) -> None:
+    kind, pairs = self.objective.kind, self.model.encoder is not None
+    if pairs == (kind == Objective.NEXT_TOKEN):
+      fitting = "second_half or span_corruption" if pairs else "next_token"
+      whose = "an encoder-decoder" if pairs else "a decoder"
+      raise UserError(f"objective.kind = {kind} is refused for {whose}: use {fitting}")
+    if kind != Objective.SPAN_CORRUPTION:
+      return
+    ids = get_tokenizer(self.data.tokenizer).vocab_size
+    _, spans = span_counts(self.data.sequence_length, self.objective)
+    if self.model.vocab_size < ids + spans:
+      raise UserError(
+        f"model.vocab_size = {self.model.vocab_size} is refused: the tokenizer"
+        f" {self.data.tokenizer} has {ids} ids and span_corruption names {spans} spans of a record"
+        f" by further ones; give at least {ids + spans}"
+      )
 
   def _check_repair(self) -> None:
     refused = f"repair.every = {self.repair.every} is refused: it must be 0"

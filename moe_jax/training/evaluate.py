@@ -21,7 +21,9 @@ class EvalResult:
   Attributes:
     loss: nats per target token.
     bits_per_byte: total nats / ln 2 / bytes of held-out text. Every byte is predicted from the
-      tokens before it in its record alone, so short records cost a little.
+      tokens before it in its record alone, so short records cost a little. An encoder-decoder
+      predicts a part of them, from the rest of the record: each of its targets counts as many bytes
+      as a target of a decoder does on average.
     dropped_fraction: assignments of all MoE layers without a slot; 0 without experts.
   """
 
@@ -36,6 +38,7 @@ class Evaluator:
   def __init__(self, config: ExperimentConfig, data: PreparedData):
     self._data = data
     self._batch_size = config.eval.batch_size or config.batch_size // config.accumulation_steps
+    self._pairs = config.pair_maker
     self._dropless = make_eval_step(config.model.dropless())
     self._at_capacity = None
     if config.model.moe is not None:
@@ -54,15 +57,19 @@ class Evaluator:
     return self._run(make_eval_step(config), model)
 
   def _run(self, step: Callable, model: nnx.State) -> EvalResult:
-    batches = eval_batches(self._data.heldout, self._batch_size)
+    batches = eval_batches(self._data.heldout, self._batch_size, transform=self._pairs)
     # One host transfer at the end: the device never waits for the host in between.
     sums = jax.device_get([step(model, batch) for batch in batches])
     total = {name: math.fsum(float(s[name]) for s in sums) for name in sums[0]}
     return EvalResult(
       loss=total["nll"] / total["targets"],
-      bits_per_byte=total["nll"] / math.log(2) / self._data.heldout_bytes,
+      bits_per_byte=total["nll"] / math.log(2) / self._predicted_bytes(total["targets"]),
       dropped_fraction=total["dropped"] / max(total["asked"], 1.0),
     )
+
+  def _predicted_bytes(self, targets: float) -> float:
+    """Returns the bytes of held-out text behind so many targets: a decoder's are all there are."""
+    return self._data.heldout_bytes * targets / self._data.heldout_targets
 
 
 def at_training_capacity(model: ModelConfig) -> ModelConfig:

@@ -44,7 +44,9 @@ def run_steps(
   train_step = make_train_step(config, optimizer)
   evaluator = Evaluator(config, data)
   identity = StreamIdentity(data.fingerprint, config.batch_size, config.seed)
-  batches = train_iterator(data.train, batch_size=config.batch_size, seed=config.seed)
+  batches = train_iterator(
+    data.train, batch_size=config.batch_size, seed=config.seed, transform=config.pair_maker
+  )
 
   with contextlib.ExitStack() as stack:
     checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint))

@@ -46,12 +46,26 @@ class Microbatches:
   share: Share
 
 
+# Which places hold a token: those of a record, and of a pair's encoder.
+_SEGMENTS = ("segment_ids", "source_segment_ids")
+
+
+def real_tokens(batch: Batch) -> jax.Array:
+  """Returns the number of real tokens, int32 scalar, an encoder's included."""
+  return sum(jnp.sum(batch[name] > 0) for name in _SEGMENTS if name in batch)
+
+
+def num_places(batch: Batch) -> int:
+  """Returns the number of places for tokens."""
+  return sum(batch[name].size for name in _SEGMENTS if name in batch)
+
+
 def cut(batch: Batch, key: jax.Array, count: int, routing: RoutingConfig | None) -> Microbatches:
   """Cuts a batch of B rows into `count` microbatches of consecutive rows."""
   pieces = jax.tree.map(lambda a: a.reshape((count, -1) + a.shape[1:]), batch)
   # The one microbatch of a step without accumulation draws from the step's own key.
   keys = key[None] if count == 1 else jax.random.split(key, count)
-  real = jnp.sum(pieces["segment_ids"] > 0, axis=(1, 2))
+  real = jax.vmap(real_tokens)(pieces)
   tokens = real / jnp.maximum(jnp.sum(real), 1)
   equal = jnp.full((count,), 1.0 / count)
   padded = routing is not None and routing.loss_padding == LossPadding.FLAXFORMER

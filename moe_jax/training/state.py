@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from moe_jax.models import Decoder, ModelConfig
+from moe_jax.models import ModelConfig, make_model
 from moe_jax.moe.router import RouterState
 from moe_jax.training.config import RepairConfig
 
@@ -81,7 +81,7 @@ def model_graph(config: ModelConfig) -> nnx.GraphDef:
   Configs that differ in routing, dispatch or dropout share parameters, so one set of weights runs
   under several graphs: training capacity, dropless, ...
   """
-  return nnx.split(nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0))))[0]
+  return nnx.split(nnx.eval_shape(lambda: make_model(config, key=jax.random.key(0))))[0]
 
 
 def init_state(
@@ -105,7 +105,7 @@ def abstract_state(
 
 
 def _initial(config, optimizer, seed, repair) -> TrainState:
-  model = Decoder(config, key=jax.random.key(seed))
+  model = make_model(config, key=jax.random.key(seed))
   _, params, router_state = nnx.split(model, nnx.Param, RouterState)
   window = None
   if repair.every:

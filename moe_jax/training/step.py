@@ -14,7 +14,15 @@ from moe_jax.moe.losses import loss_weights
 from moe_jax.moe.metrics import max_violation_floor
 from moe_jax.training.config import ExperimentConfig
 from moe_jax.training.layer_metrics import LayerMetrics, ratios, summands
-from moe_jax.training.microbatches import Batch, Microbatches, Share, cut, sum_over
+from moe_jax.training.microbatches import (
+  Batch,
+  Microbatches,
+  Share,
+  cut,
+  num_places,
+  real_tokens,
+  sum_over,
+)
 from moe_jax.training.optimizer import learning_rate_schedule
 from moe_jax.training.repair import count_load, repair_cold_experts
 from moe_jax.training.router_state import state_metrics, update_router_state
@@ -37,7 +45,16 @@ _ALWAYS_LOGGED = frozenset({"load_balance", "router_z"})
 
 
 def run_batch(model, batch: Batch, **call: Any) -> tuple[jax.Array, ModelAux]:
-  """Returns the logits and the aux record of a batch of packed records; see `token_nll`."""
+  """Returns the logits and the aux record of a batch of records or pairs; see `token_nll`."""
+  if "source_tokens" in batch:
+    return model(
+      batch["source_tokens"],
+      batch["tokens"],
+      token_mask=batch["source_segment_ids"] > 0,
+      decoder_mask=batch["segment_ids"] > 0,
+      return_aux=True,
+      **call,
+    )
   return model(
     batch["tokens"],
     token_mask=batch["segment_ids"] > 0,
@@ -53,7 +70,8 @@ def token_nll(model, batch: Batch, **call: Any) -> tuple[jax.Array, ModelAux]:
 
   Args:
     model: the language model.
-    batch: `tokens`, `targets`, `segment_ids`, `positions`, `loss_mask`, each (B, L) int32.
+    batch: `tokens`, `targets`, `segment_ids`, `positions`, `loss_mask`, each (B, L) int32; of an
+      encoder-decoder also `source_tokens` and `source_segment_ids`, see `moe_jax.data.objectives`.
     **call: passed to the model.
   """
   logits, aux = run_batch(model, batch, **call)
@@ -117,7 +135,7 @@ def make_train_step(
     layers = [ratios(layer) for layer in summed["layers"]]
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    tokens = jnp.sum(batch["segment_ids"] > 0)
+    tokens = real_tokens(batch)
     router_state = update_router_state(state.router_state, layers, tokens, config.model)
     window = count_load(state.repair, layers)
     state = TrainState(state.step + 1, params, router_state, opt_state, window)
@@ -128,7 +146,7 @@ def make_train_step(
       "grad_norm": optax.tree.norm(grads),
       "learning_rate": schedule(state.step - 1),
       **_depth_metrics(summed["depths"], config),
-      **_router_metrics(layers, summed["losses"], state, config, batch["tokens"].size),
+      **_router_metrics(layers, summed["losses"], state, config, num_places(batch)),
     }
     return state, metrics
 
@@ -150,7 +168,7 @@ def make_eval_step(config: ModelConfig) -> Callable[[nnx.State, Batch], Metrics]
     return {
       "nll": nll,
       "targets": jnp.sum(batch["loss_mask"]),
-      "tokens": jnp.sum(batch["segment_ids"] > 0),
+      "tokens": real_tokens(batch),
       "asked": sum(asked, jnp.float32(0)),
       "dropped": sum((a * f for a, f in zip(asked, fractions, strict=True)), jnp.float32(0)),
     }

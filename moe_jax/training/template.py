@@ -83,7 +83,9 @@ def _settable(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
         if value is not None:
           whole[field.name] = _settable(kind, value)
       else:
-        whole[field.name] = config_dict.placeholder(kind) if value is None else _tupled(value)
+        # A placeholder knows tuples, and not of what.
+        plain = typing.get_origin(kind) or kind
+        whole[field.name] = config_dict.placeholder(plain) if value is None else _tupled(value)
   return whole
 
 

@@ -21,6 +21,7 @@ LEAK_THE_FUTURE = {
   # Two choices, choice-major, drops.
   "glam": "drop_order = choice_major",
   "gshard": "drop_order = choice_major",
+  "nllb": "drop_order = choice_major",
   "praxis": "drop_order = choice_major",
   "st_moe": "drop_order = choice_major",
   "tutel": "drop_order = choice_major",
@@ -29,7 +30,7 @@ LEAK_THE_FUTURE = {
 # Sequences of a batch compete for slots (or are assigned together).
 DEPEND_ON_THE_BATCH = {
   *("base", "expert_choice", "deepspeed_moe", "megatron", "st_moe", "tutel", "vmoe"),
-  *("switch", "flaxformer"),
+  *("switch", "flaxformer", "nllb"),
 }
 # Outside training these look at no later token.
 CAUSAL_OUTSIDE_TRAINING = ("base", "deepspeed_moe")

@@ -71,6 +71,10 @@ def test_unknown_architecture_names_the_nearest_beside_faults_of_files(checkpoin
 
 def test_missing_setting_is_named(checkpoint):
   set_config(checkpoint, vocab_size=None)
+  assert "config.json has vocab_size = null; expected a value" in refusal(checkpoint)
+  settings = json.loads((checkpoint / "config.json").read_text())
+  del settings["vocab_size"]
+  (checkpoint / "config.json").write_text(json.dumps(settings))
   assert "config.json has no 'vocab_size'" in refusal(checkpoint)
 
 
@@ -154,6 +158,12 @@ def test_folder_and_settings_must_exist_and_be_json(checkpoint, tmp_path):
 def test_type_of_activations_is_checked(checkpoint):
   with pytest.raises(UserError, match="dtype = 'int8' is not one of float32, bfloat16"):
     load_pretrained(checkpoint, dtype="int8")
+
+
+def test_networks_of_no_width_are_ignored(checkpoint):
+  key = "model.layers.0.mlp.shared_experts.up_proj.weight"
+  rewrite(checkpoint, lambda tensors: tensors.update({key: np.zeros((0, 8), np.float32)}))
+  load_pretrained(checkpoint)
 
 
 def test_buffers_of_older_releases_are_ignored(checkpoint):

@@ -26,14 +26,20 @@ YARN = {
 }
 
 
+def as_loaded(hub: HubConfig):
+  family = family_in(hub)
+  config = family.read(hub)
+  return config if family.drops else config.dropless()
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_config_written_and_read_back_is_the_same(name):
   hub = HubConfig(json.loads(FILES[name].read_text()))
-  config = family_in(hub).read(hub).dropless()
+  config = as_loaded(hub)
   family = family_of(config)
   written = json.loads(json.dumps(architecture_settings(family, config)))
   assert family is family_in(hub) is family_in(HubConfig(written))
-  assert family.read(HubConfig(written)).dropless() == config
+  assert as_loaded(HubConfig(written)) == config
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -44,7 +50,9 @@ def test_every_parameter_is_in_one_tensor_of_the_table(name):
   assert uncovered(family.rules, config) == []
   found = links(family.rules, config)
   places = [(part.path, part.index) for link in found for part in link.slices]
-  assert len(places) == len(set(places))
+  # Untied, the library reads two tables and keeps a third, which is here the decoder's again.
+  again = config.encoder is not None and config.encoder.own_embedding
+  assert len(places) == len(set(places)) + again
   shapes = json.loads((FILES[name].parent / "weights.json").read_text())["shapes"]
   assert {link.key: list(link.shape) for link in found} == shapes
 
@@ -137,9 +145,8 @@ def test_no_setting_of_a_wrong_type_is_met_by_surprise(name):
 @pytest.mark.parametrize(
   "name, changes, words",
   [
-    ("gpt_oss", {"layer_types": ["full_attention"]}, "has 1 layer_types, expected num_hidden_laye"),
-    ("qwen2_moe_mixed", {"layer_types": ["full_atention"] * 4}, "did you mean full_attention?"),
-    ("llama4_scout", {"no_rope_layers": [1]}, "has 1 no_rope_layers, expected num_hidden_layers"),
+    ("gpt_oss", {"layer_types": ["full_attention"]}, "layer_types = ['full_attention']"),
+    ("qwen2_moe_mixed", {"layer_types": ["full_atention"] * 4}, "layer_types = ['full_atention',"),
   ],
 )
 def test_lists_of_layers_have_one_known_entry_a_layer(name, changes, words):

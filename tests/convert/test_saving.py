@@ -84,6 +84,19 @@ def test_a_config_of_no_family_names_the_nearest_and_the_difference(model, confi
     to_hub(model, dropping)
 
 
+def test_layers_of_multi_token_prediction_are_left_out_where_the_config_says_so(config, tmp_path):
+  deeper = dataclasses.replace(config, mtp_depth=1)
+  model = Decoder(deeper, key=jax.random.key(0))
+  with pytest.raises(UserError, match="give a config with mtp_depth = 0"):
+    save_pretrained(model, deeper, tmp_path / "saved")
+  save_pretrained(model, config, tmp_path / "saved")
+  kept = flat_leaves(load_pretrained(tmp_path / "saved")[0])
+  whole = flat_leaves(model)
+  assert {path for path in whole if path[0] != "mtp"} == kept.keys() < whole.keys()
+  for path, leaf in kept.items():
+    np.testing.assert_array_equal(leaf, whole[path])
+
+
 def test_a_model_without_experts_is_refused(model, config):
   dense = dataclasses.replace(
     config, segments=(("attention:dense", 2),), moe=None, mlp=FeedForwardConfig(12)

@@ -8,7 +8,7 @@ from moe_jax.moe.library_presets import LIBRARY_PRESETS
 from moe_jax.moe.paper_presets import PAPER_PRESETS
 
 NAMES = """
-  shazeer switch gshard glam st_moe vmoe expert_choice base hash random soft_moe mixtral olmoe
+  shazeer switch gshard nllb glam st_moe vmoe expert_choice base hash random soft_moe mixtral olmoe
   deepseek_moe deepseek_v2 deepseek_v3 llama4 jamba qwen3_moe gpt_oss remoe grin
   deepspeed_moe tutel megablocks flaxformer maxtext megatron praxis
 """
@@ -18,6 +18,7 @@ PAPERS = {
   "shazeer": (256, 4, dict(noise="learned", importance_loss_weight=0.1, load_loss_weight=0.1)),
   "gshard": (2048, 2, dict(selection="random_second", weighting="renormalized")),
   "switch": (128, 1, dict(weighting="raw", capacity_factor=1.25, balance_loss_weight=0.01)),
+  "nllb": (128, 2, dict(weighting="renormalized_after_drop", weight_scale=0.8)),
   "glam": (64, 2, dict(weighting="renormalized", capacity_factor=2.0, selection="top_k")),
   "st_moe": (64, 2, dict(second_threshold=0.2, z_loss_weight=1e-3, eval_capacity_factor=2.0)),
   "vmoe": (32, 2, dict(noise="gaussian", noise_std=1 / 32, capacity_factor=1.05)),

@@ -13,11 +13,13 @@ def _quick_gelu(z):
   return z / (1.0 + math.exp(-1.702 * z))
 
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
   "relu": lambda z: relu(z)[0],
   "gelu": lambda z: gelu(z)[0],
   "silu": lambda z: silu(z)[0],
   "gelu_exact": _exact_gelu,
+  "quick_gelu": _quick_gelu,
+  "squared_relu": lambda z: relu(z)[0] ** 2,
   "shifted_quick_gelu": _quick_gelu,
 }
 
@@ -34,7 +36,7 @@ def network(x_D, weights, activation, *, clamp=None):
   """
   up_F = x_D @ weights["up"] + weights.get("up_bias", 0.0)
   if "gate" not in weights:
-    hidden = [_ACTIVATIONS[activation](z) for z in up_F]
+    hidden = [ACTIVATIONS[activation](z) for z in up_F]
   else:
     gate_F = x_D @ weights["gate"] + weights.get("gate_bias", 0.0)
     hidden = [_gated(g, u, activation, clamp) for g, u in zip(gate_F, up_F, strict=True)]
@@ -45,4 +47,4 @@ def _gated(gate, up, activation, clamp):
   if clamp is not None:
     gate, up = min(gate, clamp), min(max(up, -clamp), clamp)
   shift = 1.0 if activation == "shifted_quick_gelu" else 0.0
-  return _ACTIVATIONS[activation](gate) * (up + shift)
+  return ACTIVATIONS[activation](gate) * (up + shift)

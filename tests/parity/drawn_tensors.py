@@ -7,7 +7,7 @@ import ml_dtypes  # noqa: F401  (NumPy's name of bfloat16)
 import numpy as np
 from safetensors.numpy import save_file
 
-_ROUTERS = ("gate.weight", "router.weight", "router.layer.weight")
+_ROUTERS = ("gate.weight", "router.weight", "router.layer.weight", "classifier.weight")
 
 
 def draw_tensors(shapes: dict[str, list[int]], seed: int, gains: dict[str, float]):

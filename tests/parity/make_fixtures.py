@@ -8,10 +8,13 @@ Needs torch and transformers, which the tests do not. Every variant's folder hol
 `expected.npz`; with --weights also `model.safetensors`. The committed fixtures are those of seed 0,
 made with torch 2.13.0 and transformers 5.23.0 on a CPU, in float32, eagerly.
 
-`expected.npz`: `logits`; `logits_rp` of the same tokens with 7 of row 1 masked at the end;
-`router_logits_i` of MoE layer i; `aux_loss[_rp]`, the balance loss without its coefficient (of
+`expected.npz` of a decoder: `logits`; `logits_rp` of the same tokens with 7 of row 1 masked at the
+end; `router_logits_i` of MoE layer i; `aux_loss[_rp]`, the balance loss without its coefficient (of
 DeepSeekMoE with it); `gen`, 16 greedy tokens after `gen_prompt` with a cache, and `gen_nocache`;
 `grad:NAME`, the gradient of the training loss for every router.
+Encoder-decoders (`encoder_decoders.py`) have `decoder_input_ids` beside the encoder's tokens, which
+are those that are masked; routers and losses are told apart by `encoder_` and `decoder_`, and `gen`
+begins with the start token.
 
 --verify loads checkpoints that moe_jax wrote, `resaved` in every folder of DIR, with transformers,
 and prints how far their logits are from `expected.npz`.
@@ -28,6 +31,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
+import encoder_decoders  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
@@ -39,19 +43,19 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 ROWS, LENGTH, PADDING, PROMPT, NEW_TOKENS = 2, 24, 7, 10, 16
 # Draws whose decisions rounding could change are drawn again.
 _WIDEST_GAP, _LEAST_MARGIN = 2e-5, 2e-4
-_ROUTER = re.compile(r"(gate|router|router\.layer)\.(weight|bias)$")
+_ROUTER = re.compile(r"(gate|router|router\.layer|classifier)\.(weight|bias)$")
 
 
 def make(name: str, seed: int, folder: Path, with_weights: bool) -> None:
   """Writes the fixture of one variant."""
-  config = CONFIGS[name]()
+  config = (CONFIGS | encoder_decoders.CONFIGS)[name]()
   for attempt in range(20):
     drawn = {"seed": 1000 * seed + attempt, "gains": GAINS.get(name, {})}
     drawn["shapes"] = _write_settings(config, folder)
     (folder / "weights.json").write_text(json.dumps(drawn, sort_keys=True) + "\n")
-    inputs = _inputs(drawn["seed"])
     model = _drawn_model(config, folder, drawn)
-    if (expected := _expected(model, inputs)) is not None:
+    inputs, expected = _run(model, config, drawn["seed"])
+    if expected is not None:
       break
   else:
     raise SystemExit(f"{name}: no well-conditioned draw in 20 from seed {seed}")
@@ -60,6 +64,22 @@ def make(name: str, seed: int, folder: Path, with_weights: bool) -> None:
   if with_weights:
     write_checkpoint(folder, folder)
   print(f"{name}: attempt {attempt}, largest logit {np.abs(expected['logits']).max():.2f}")
+
+
+def _run(model, config, seed: int):
+  """Returns inputs and the original's results as arrays, None for the latter of a bad draw."""
+  if getattr(config, "is_encoder_decoder", False):
+    inputs = encoder_decoders.draw_inputs(config, seed)
+    found = encoder_decoders.expected_of(model, inputs)
+  else:
+    inputs = _inputs(seed)
+    found = _expected(model, inputs)
+  if found is None:
+    return inputs, None
+  for name, parameter in model.named_parameters():
+    if _ROUTER.search(name) and "proj" not in name and parameter.grad is not None:
+      found[f"grad:{name}"] = parameter.grad
+  return inputs, {name: each.detach().numpy() for name, each in found.items()}
 
 
 def _write_settings(config, folder: Path) -> dict[str, list[int]]:
@@ -105,7 +125,7 @@ def _inputs(seed: int) -> dict[str, np.ndarray]:
   return {"input_ids": tokens, "input_ids_rp": tokens * mask, "attention_mask_rp": mask}
 
 
-def _expected(model, inputs) -> dict[str, np.ndarray] | None:
+def _expected(model, inputs) -> dict[str, torch.Tensor] | None:
   """Returns the original's results, or None if rounding could change a decision in them."""
   tokens, mask = (torch.tensor(inputs[name]) for name in ("input_ids", "attention_mask_rp"))
   # Before a run: modules may keep tensors of theirs.
@@ -133,10 +153,7 @@ def _expected(model, inputs) -> dict[str, np.ndarray] | None:
   for name, each in (("aux_loss", output), ("aux_loss_rp", padded)):
     if getattr(each, "aux_loss", None) is not None:
       found[name] = each.aux_loss
-  for name, parameter in model.named_parameters():
-    if _ROUTER.search(name) and "proj" not in name and parameter.grad is not None:
-      found[f"grad:{name}"] = parameter.grad
-  return {name: each.detach().numpy() for name, each in found.items()}
+  return found
 
 
 @torch.no_grad()
@@ -156,10 +173,12 @@ def verify(folder: Path) -> None:
   if json.loads((saved / "config.json").read_text())["model_type"] == "deepseek":
     model = _load(DeepseekForCausalLM, saved, DeepseekConfig.from_pretrained(saved))
   else:
-    model = _load(transformers.AutoModelForCausalLM, saved)
+    config = transformers.AutoConfig.from_pretrained(saved)
+    model = _load(model_class(config), saved)
   inputs, expected = np.load(folder / "inputs.npz"), np.load(folder / "expected.npz")
+  names = [name for name in ("input_ids", "decoder_input_ids") if name in inputs]
   with torch.no_grad():
-    logits = model(torch.tensor(inputs["input_ids"])).logits.numpy()
+    logits = model(**{name: torch.tensor(inputs[name]) for name in names}).logits.numpy()
   print(f"{folder.name}: {np.abs(logits - expected['logits']).max():.2g}", flush=True)
 
 
@@ -172,13 +191,14 @@ def main() -> None:
   parser.add_argument("--weights", action="store_true")
   parser.add_argument("--verify", type=Path)
   args = parser.parse_args()
+  encoder_decoders.repair_nllb()
   # More threads gain nothing on models of this size.
   torch.set_num_threads(1)
   if args.verify is not None:
     for folder in sorted(path.parent for path in args.verify.glob("*/resaved")):
       verify(folder)
     return
-  for name in CONFIGS:
+  for name in CONFIGS | encoder_decoders.CONFIGS:
     if name.startswith(tuple(args.only.split(","))):
       make(name, args.seed, args.out / name, args.weights)
 

@@ -46,17 +46,17 @@ class Comparison:
     real = self.inputs["attention_mask_rp"].astype(bool)
     logits_rp, _, losses_rp = self._run(self.inputs["input_ids_rp"], real)
     found = {
-      "logits": _distance(logits, self.expected["logits"]),
-      "logits_rp": _distance(logits_rp[real], self.expected["logits_rp"][real]),
+      "logits": distance(logits, self.expected["logits"]),
+      "logits_rp": distance(logits_rp[real], self.expected["logits_rp"][real]),
       "router_logits": max(
-        _distance(mine.reshape(-1, mine.shape[-1]), self.expected[f"router_logits_{i}"])
+        distance(mine.reshape(-1, mine.shape[-1]), self.expected[f"router_logits_{i}"])
         for i, mine in enumerate(router_logits)
       ),
     }
     for name, (pooled, summed) in (("aux_loss", losses), ("aux_loss_rp", losses_rp)):
       if name in self.expected and not (self.sums_losses and name == "aux_loss_rp"):
         theirs = self.expected[name]
-        found[name] = _distance(summed if self.sums_losses else pooled, theirs) / abs(theirs)
+        found[name] = distance(summed if self.sums_losses else pooled, theirs) / abs(theirs)
     return {name: float(value) for name, value in found.items()} | self._uncached()
 
   def _uncached(self) -> dict[str, float]:
@@ -79,7 +79,7 @@ class Comparison:
     gradient = _loss_gradient(graph, params, rest, tokens, self._hub_weight())
     mine = to_hub(gradient, self.config)
     worst = max(
-      _distance(mine[_key_of(name, theirs, mine)], theirs)
+      distance(mine[_key_of(name, theirs, mine)], theirs)
       for name, theirs in self.expected.items()
       if name.startswith("grad:")
     )
@@ -136,7 +136,8 @@ def _pooled(config: ModelConfig, aux, mask):
   return hugging_face_load_balance_loss(aux.router_logits, top_k, token_mask=mask)
 
 
-def _distance(mine, theirs) -> float:
+def distance(mine, theirs) -> float:
+  """Returns the largest absolute difference."""
   # NaN is no distance: it must not pass for one.
   return float(np.nan_to_num(np.max(np.abs(mine - theirs)), nan=np.inf))
 
@@ -157,12 +158,23 @@ def _key_of(name: str, theirs, mine: dict[str, np.ndarray]) -> str:
   return key
 
 
+def compare(checkpoint: Path, fixture: Path):
+  """Returns the comparison of a checkpoint with its original's results."""
+  # That module needs parts of this one.
+  from parity.encoder_decoder_measuring import EncoderDecoderComparison
+
+  with np.load(fixture / "inputs.npz") as inputs:
+    pairs = "decoder_input_ids" in inputs
+  return (EncoderDecoderComparison if pairs else Comparison)(checkpoint, fixture)
+
+
 def main(folders: list[str]) -> None:
   """Prints the differences of every folder, and the worst of all."""
   worst: dict[str, float] = {}
   for folder in map(Path, folders):
-    comparison = Comparison(folder, folder)
+    comparison = compare(folder, folder)
     found = comparison.forward() | comparison.cached() | comparison.gradients()
+    found |= comparison.uncached() if hasattr(comparison, "uncached") else {}
     worst |= {name: max(value, worst.get(name, 0.0)) for name, value in found.items()}
     print(folder.name, _line(found), flush=True)
   print("worst", _line(worst))

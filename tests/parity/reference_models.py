@@ -257,6 +257,23 @@ def _dbrx(norm_order=1.0):
   )
 
 
+def _jamba(**changes):
+  settings = dict(
+    intermediate_size=48,
+    num_hidden_layers=6,
+    num_key_value_heads=2,
+    num_experts=4,
+    num_experts_per_tok=2,
+    expert_layer_period=2,
+    expert_layer_offset=1,
+    attn_layer_period=4,
+    attn_layer_offset=2,
+    mamba_d_state=8,
+    mamba_dt_rank=6,
+  )
+  return transformers.JambaConfig(**{**_COMMON, **settings, **changes})
+
+
 def _glm4(**changes):
   settings = dict(
     intermediate_size=64,
@@ -331,8 +348,29 @@ CONFIGS: dict[str, Callable] = {
   "granitemoe_tied": lambda: _granite(tie_word_embeddings=True),
   "phimoe": _phimoe,
   "phimoe_narrow": lambda: _phimoe(router_jitter_noise=0.01, num_hidden_layers=2),
+  "phimoe_longrope": lambda: _phimoe(
+    num_hidden_layers=1,
+    **_rope(
+      10_000.0,
+      rope_type="longrope",
+      short_factor=[1.0, 1.5, 2.0, 3.0],
+      long_factor=[2.0, 4.0, 8.0, 16.0],
+      short_mscale=1.2,
+      long_mscale=1.5,
+      original_max_position_embeddings=64,
+    ),
+  ),
   "dbrx": _dbrx,
   "dbrx_p2": lambda: _dbrx(norm_order=2.0),
+  "jamba": _jamba,
+  "jamba_projbias_tied": lambda: _jamba(
+    mamba_proj_bias=True,
+    mamba_conv_bias=False,
+    mamba_dt_rank="auto",
+    tie_word_embeddings=True,
+    expert_layer_period=3,
+    expert_layer_offset=0,
+  ),
   "glm4_moe": _glm4,
   "glm4_moe_groups": lambda: _glm4(
     use_qk_norm=True, attention_bias=False, n_group=4, topk_group=2, routed_scaling_factor=2.5
@@ -340,11 +378,17 @@ CONFIGS: dict[str, Callable] = {
 }
 # Factors of tensors whose keys contain a text: large gates reach the clamp, small tied embeddings
 # leave logits of a usual size.
-GAINS = {"gpt_oss_clamp": {"gate_up_proj": 4.0}, "granitemoe_tied": {"embed": 0.3}}
+GAINS = {
+  "gpt_oss_clamp": {"gate_up_proj": 4.0},
+  "granitemoe_tied": {"embed": 0.3},
+  "jamba_projbias_tied": {"embed": 0.2},
+}
 
 
 def model_class(config):
   """Returns the class of the model of a config."""
   if isinstance(config, DeepseekConfig):
     return DeepseekForCausalLM
+  if config.is_encoder_decoder:
+    return transformers.AutoModelForSeq2SeqLM._model_mapping[type(config)]
   return transformers.AutoModelForCausalLM._model_mapping[type(config)]

@@ -47,12 +47,23 @@ def drawn_state(template: TrainState) -> TrainState:
   return TrainState(zeros.step, params, zeros.router_state, zeros.opt_state, zeros.repair)
 
 
+def batch_of(config: ExperimentConfig) -> dict[str, np.ndarray]:
+  """A batch of random tokens, as pairs where the model has an encoder."""
+  batch = jax.device_get(make_batch())
+  if config.pair_maker is None:
+    return batch
+  rng = np.random.default_rng(0)
+  rows = [{name: values[i] for name, values in batch.items()} for i in range(4)]
+  pairs = [config.pair_maker(row, rng) for row in rows]
+  return {name: np.stack([pair[name] for pair in pairs]) for name in pairs[0]}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tiny_trains_saves_restores_and_generates(family, tmp_path):
   config = experiment_of(family)
   optimizer = make_optimizer(config.optimizer, config.steps)
   template = abstract_state(config.model, optimizer)
-  state, batch = drawn_state(template), make_batch()
+  state, batch = drawn_state(template), batch_of(config)
   step = make_train_step(config, optimizer).lower(state, batch).compile(FAST_COMPILE)
   losses = []
   for _ in range(20):
@@ -69,9 +80,12 @@ def test_tiny_trains_saves_restores_and_generates(family, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, restored, state)
 
   model = nnx.merge(model_graph(config.model.dropless()), restored.model)
-  tokens = generate(model, batch["tokens"][:2, :5], 4)
-  assert tokens.shape == (2, 9)
-  np.testing.assert_array_equal(tokens[:, :5], batch["tokens"][:2, :5])
+  prompt = batch["tokens"][:2, :5]
+  # An encoder-decoder answers, from its start token on.
+  kept = prompt if config.pair_maker is None else np.full((2, 1), config.model.encoder.start_token)
+  tokens = generate(model, prompt, 4)
+  assert tokens.shape == (2, kept.shape[1] + 4)
+  np.testing.assert_array_equal(tokens[:, : kept.shape[1]], kept)
 
 
 @pytest.mark.full

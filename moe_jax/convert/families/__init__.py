@@ -11,15 +11,19 @@ from moe_jax.convert.families.deepseek_v1 import DEEPSEEK_V1
 from moe_jax.convert.families.glm4 import GLM4_MOE
 from moe_jax.convert.families.gpt_oss import GPT_OSS
 from moe_jax.convert.families.granite import GRANITE
+from moe_jax.convert.families.jamba import JAMBA
 from moe_jax.convert.families.llama4 import LLAMA4
 from moe_jax.convert.families.mixtral import MIXTRAL
+from moe_jax.convert.families.nllb import NLLB_MOE
 from moe_jax.convert.families.olmoe import OLMOE
 from moe_jax.convert.families.phi import PHIMOE
 from moe_jax.convert.families.qwen import QWEN2_MOE, QWEN3_MOE
+from moe_jax.convert.families.switch import SWITCH
 from moe_jax.convert.family import Family, as_segments
 from moe_jax.convert.hub_config import CONFIG_FILE, HubConfig
 from moe_jax.convert.rules import uncovered
 from moe_jax.errors import UserError
+from moe_jax.layers.mamba_config import MambaConfig
 from moe_jax.layers.mlp import FeedForwardConfig
 from moe_jax.models import ModelConfig
 from moe_jax.moe.config import RoutingConfig
@@ -28,7 +32,7 @@ from moe_jax.moe.options import BiasUpdate, Score, Weighting
 
 FAMILIES = (
   *(MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE, DEEPSEEK_V1, DEEPSEEK_V2, DEEPSEEK_V3, LLAMA4),
-  *(GRANITE, DBRX, GLM4_MOE, GPT_OSS, PHIMOE),
+  *(GRANITE, DBRX, GLM4_MOE, GPT_OSS, PHIMOE, JAMBA, SWITCH, NLLB_MOE),
 )
 
 _MOST_DIFFERENCES = 4
@@ -36,6 +40,7 @@ _MOST_DIFFERENCES = 4
 _TRAINING = {
   ModelConfig: ("dropout", "init_scale", "dtype", "remat", "scan_unroll"),
   FeedForwardConfig: ("dropout",),
+  MambaConfig: ("scan_chunk",),
   MoEConfig: ("expert_dropout", "router_jitter", "router_init", "dispatch", "grouped_kernel"),
   RoutingConfig: (
     *("noise", "noise_std", "bias_rate", "grouping", "group_size", "priority", "drop_order"),
@@ -78,13 +83,21 @@ def family_of(config: ModelConfig) -> Family:
     raise UserError(
       f"segments = {config.segments} has no experts; only models with some can be converted"
     )
+  if config.mtp_depth:
+    raise UserError(
+      f"mtp_depth = {config.mtp_depth} cannot be converted: give a config with mtp_depth = 0, which"
+      " leaves out the layers of multi-token prediction, that only training uses"
+    )
   faults = {}
   for family in FAMILIES:
     faults[family.architecture] = found = list(_differences(family, config))
     if not found:
       return family
   # Other mixers are one difference in words, and the largest in fact.
-  nearest = min(faults, key=lambda name: ("mixers" in faults[name][0], len(faults[name])))
+  far = ("mixers", "encoder")
+  nearest = min(
+    faults, key=lambda name: (any(word in faults[name][0] for word in far), len(faults[name]))
+  )
   shown = "; ".join(faults[nearest][:_MOST_DIFFERENCES])
   raise UserError(
     f"no architecture of the hub has models of this config; the nearest is {nearest}, for which"
@@ -95,6 +108,9 @@ def family_of(config: ModelConfig) -> Family:
 def _differences(family: Family, config: ModelConfig) -> Iterator[str]:
   """Yields what the config would need to be one of the family's."""
   used = {block[0] for block in config.layers()}
+  if family.encoder_decoder != (config.encoder is not None):
+    yield "an encoder" if family.encoder_decoder else "no encoder"
+    return
   if not used <= set(family.mixers):
     yield f"mixers among {', '.join(family.mixers)} instead of {', '.join(sorted(used))}"
     return
@@ -113,7 +129,12 @@ def _differences(family: Family, config: ModelConfig) -> Iterator[str]:
 
 def _meaning(config: ModelConfig) -> dict[str, Any]:
   """Returns the fields that decide what a model computes, flat, by their dotted names."""
-  config = dataclasses.replace(config, segments=as_segments([":".join(b) for b in config.layers()]))
+  config = dataclasses.replace(config, segments=_shortest(config.layers()))
+  if config.encoder is not None:
+    encoder = dataclasses.replace(
+      config.encoder, segments=_shortest(config.encoder_stack().layers())
+    )
+    config = dataclasses.replace(config, encoder=encoder)
   if config.moe.routing.bias_update != BiasUpdate.NONE:
     config = config.with_routing(bias_update=BiasUpdate.SIGN)
   routing = config.moe.routing
@@ -121,6 +142,10 @@ def _meaning(config: ModelConfig) -> dict[str, Any]:
   if routing.score == Score.SOFTMAX and routing.weighting == Weighting.SOFTMAX_SELECTED:
     config = config.with_routing(weighting=Weighting.RENORMALIZED)
   return dict(_flat("", config))
+
+
+def _shortest(layers: list[tuple[str, ...]]) -> tuple[tuple[str, int], ...]:
+  return as_segments([":".join(block) for block in layers])
 
 
 def _flat(prefix: str, section: Any) -> Iterator[tuple[str, Any]]:

@@ -29,7 +29,8 @@ _ORDER = "moe_normalize_expert_weights"
 
 def _attention(hub: HubConfig) -> AttentionConfig:
   section, heads = hub.section("attn_config"), hub.get("num_attention_heads")
-  theta, scaling, _ = hub.rope(section.get("rope_theta", 10_000.0))
+  # Released files have theta here alone, where recent releases of the library overlook it.
+  theta, scaling = hub.rope(section.get("rope_theta", 10_000.0))
   return AttentionConfig(
     num_heads=heads,
     num_kv_heads=section.get("num_key_value_heads", 1),

@@ -3,12 +3,13 @@
 from typing import Any
 
 from moe_jax.convert.family import Family, as_segments
-from moe_jax.convert.hub_config import HubConfig, write_rope
+from moe_jax.convert.hub_config import CONFIG_FILE, HubConfig, write_rope
 from moe_jax.convert.parts import (
   BLOCK,
   DENSE,
   NORMS,
   OUTER,
+  PREDICTION_LAYERS,
   SHARED_EXPERTS,
   dense,
   dense_until,
@@ -25,7 +26,9 @@ from moe_jax.convert.parts import (
 )
 from moe_jax.convert.rules import rule
 from moe_jax.convert.transforms import LINEAR, LINEAR_OUT, SAME, joined, then
+from moe_jax.errors import UserError
 from moe_jax.layers.attention_config import LatentAttentionConfig, RotaryLayout
+from moe_jax.layers.rope_scaling import RopeScalingKind
 from moe_jax.models import ModelConfig
 from moe_jax.moe.layer import MoEConfig
 from moe_jax.moe.presets import preset
@@ -56,12 +59,12 @@ _RULES = (
   *SHARED_EXPERTS,
 )
 _MIXERS = ("latent_attention",)
-# The layers after the last are those of multi-token prediction, which only training uses.
-_PREDICTION_LAYERS = r"model\.layers\.{layers}\..*"
 
 
 def _read_attention(hub: HubConfig, layout: RotaryLayout) -> LatentAttentionConfig:
-  theta, scaling, _ = hub.rope()
+  theta, scaling = hub.rope()
+  if scaling is not None and scaling.kind != RopeScalingKind.YARN:
+    _refuse_mscale(hub, scaling.kind)
   return LatentAttentionConfig(
     num_heads=hub.get("num_attention_heads"),
     query_rank=hub.get("q_lora_rank", None),
@@ -73,6 +76,15 @@ def _read_attention(hub: HubConfig, layout: RotaryLayout) -> LatentAttentionConf
     rope_scaling=scaling,
     rotary_layout=layout,
   )
+
+
+def _refuse_mscale(hub: HubConfig, kind: RopeScalingKind) -> None:
+  """Raises UserError for a factor of the softmax scale, which the code applies to every kind."""
+  if given := hub.rope_settings().get("mscale_all_dim"):
+    raise UserError(
+      f"{CONFIG_FILE} has mscale_all_dim = {given} with the rope scaling {kind}, which is not"
+      f" supported: expected {RopeScalingKind.YARN}, or no mscale_all_dim"
+    )
 
 
 def _write_attention(c: LatentAttentionConfig) -> dict[str, Any]:
@@ -131,6 +143,8 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 
 def _read_v2(hub: HubConfig) -> ModelConfig:
+  hub = hub.with_defaults(q_lora_rank=1536, n_shared_experts=2)
+  hub.only("scoring_func", "softmax")
   # Released code and library differ in what they do with renormalised weights; no release has them.
   hub.only("norm_topk_prob", False)
   hub.only("mlp_bias", False)
@@ -174,11 +188,21 @@ def read_grouped_sigmoid(hub: HubConfig) -> dict[str, Any]:
   )
 
 
+_V3_DEFAULTS = dict(
+  q_lora_rank=1536,
+  n_shared_experts=1,
+  first_k_dense_replace=3,
+  num_experts_per_tok=8,
+  n_group=8,
+  topk_group=4,
+  routed_scaling_factor=2.5,
+)
 # The selection bias is a buffer there and a `RouterState` here: no gradient reaches it.
 SELECTION_BIAS = rule(BLOCK + "mlp.gate.e_score_correction_bias", "feed_forward.router.bias", SAME)
 
 
 def _read_v3(hub: HubConfig) -> ModelConfig:
+  hub = hub.with_defaults(**_V3_DEFAULTS)
   layout = RotaryLayout.PAIRS if hub.get("rope_interleave", True) else RotaryLayout.HALVES
   return _read(hub, read_grouped_sigmoid(hub), "deepseek_v3", layout)
 
@@ -200,5 +224,5 @@ DEEPSEEK_V3 = Family(
   read=_read_v3,
   write=_write_v3,
   rules=(*_RULES, SELECTION_BIAS),
-  ignored=(_PREDICTION_LAYERS,),
+  ignored=(PREDICTION_LAYERS,),
 )

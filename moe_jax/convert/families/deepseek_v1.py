@@ -24,17 +24,26 @@ from moe_jax.convert.parts import (
 )
 from moe_jax.models import ModelConfig
 from moe_jax.moe.layer import MoEConfig
-from moe_jax.moe.options import BalanceScope, Grouping
+from moe_jax.moe.options import BalanceScope, Grouping, Weighting
 from moe_jax.moe.presets import preset
 
 
 def _blocks(hub: HubConfig) -> list[str]:
-  """Returns dense blocks first, then one with experts at every multiple of the frequency."""
-  first, frequency = hub.get("first_k_dense_replace", 0), hub.get("moe_layer_freq", 1)
-  return [
-    "attention:moe" if layer >= first and layer % frequency == 0 else "attention:dense"
-    for layer in range(hub.get("num_hidden_layers"))
-  ]
+  layers, first = hub.get("num_hidden_layers"), hub.get("first_k_dense_replace", 0)
+  with_experts = _moe_layers(layers, first, hub.get("moe_layer_freq", 1))
+  return [f"attention:{'moe' if i in with_experts else 'dense'}" for i in range(layers)]
+
+
+def _moe_layers(layers: int, first: int, frequency: int) -> list[int]:
+  """Returns the numbers of the layers with experts: from the first on, every multiple."""
+  return [i for i in range(first, layers) if i % frequency == 0]
+
+
+def _frequency(config: ModelConfig) -> int:
+  """Returns the frequency that gives the config's layers with experts, 1 if none does."""
+  wanted, layers = config.moe_layers(), len(config.layers())
+  fitting = (n for n in range(1, layers + 1) if _moe_layers(layers, wanted[0], n) == wanted)
+  return next(fitting, 1)
 
 
 def _balance(hub: HubConfig) -> dict[str, Any]:
@@ -49,12 +58,14 @@ def _balance(hub: HubConfig) -> dict[str, Any]:
 
 def _read(hub: HubConfig) -> ModelConfig:
   hub.only("scoring_func", "softmax")
-  blocks, biased = _blocks(hub), hub.get("attention_bias", False)
+  blocks, top_k = _blocks(hub), hub.get("num_experts_per_tok")
+  biased = hub.get("attention_bias", False)
   routing = preset(
     "deepseek_moe",
     num_experts=hub.get("n_routed_experts"),
-    top_k=hub.get("num_experts_per_tok"),
-    weighting=renormalized(hub, False),
+    top_k=top_k,
+    # The released gate leaves a single weight as it is.
+    weighting=renormalized(hub, False) if top_k > 1 else Weighting.RAW,
     **_balance(hub),
   )
   return ModelConfig(
@@ -71,7 +82,7 @@ def _read(hub: HubConfig) -> ModelConfig:
 
 
 def _write(config: ModelConfig) -> dict[str, Any]:
-  layers, routing = config.moe_layers(), config.moe.routing
+  routing = config.moe.routing
   attention = write_attention(config.attention)
   # The released code has no such setting: heads share the width.
   if config.attention.head_dim * config.attention.num_heads == config.model_dim:
@@ -82,7 +93,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     **write_dense_until(config),
     **write_shared(config),
     **write_renormalized(config),
-    "moe_layer_freq": layers[1] - layers[0] if len(layers) > 1 else 1,
+    "moe_layer_freq": _frequency(config),
     "attention_bias": config.attention.qkv_bias,
     "n_routed_experts": routing.num_experts,
     "num_experts_per_tok": routing.top_k,

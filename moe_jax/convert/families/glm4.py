@@ -8,10 +8,12 @@ from moe_jax.convert.hub_config import HubConfig
 from moe_jax.convert.parts import (
   DENSE,
   LLAMA_PARTS,
+  PREDICTION_LAYERS,
   SHARED_EXPERTS,
   dense,
   dense_until,
   experts,
+  head_width,
   read_attention,
   read_model,
   read_network,
@@ -33,9 +35,9 @@ _ROTATED_PART = 0.5
 
 
 def _read(hub: HubConfig) -> ModelConfig:
+  hub = hub.with_defaults(num_key_value_heads=8, n_shared_experts=1, first_k_dense_replace=1)
   model, blocks = read_model(hub, epsilon=1e-5), dense_until(hub, "attention")
-  head_dim = hub.get("head_dim", hub.get("hidden_size") // hub.get("num_attention_heads"))
-  part = hub.rope(default_part=_ROTATED_PART)[2]
+  part = hub.rotated_part(_ROTATED_PART)
   routing = preset(
     "deepseek_v3",
     num_experts=hub.get("n_routed_experts"),
@@ -48,7 +50,7 @@ def _read(hub: HubConfig) -> ModelConfig:
     segments=as_segments(blocks),
     attention=read_attention(
       hub,
-      rotary_dim=None if part == 1.0 else int(head_dim * part),
+      rotary_dim=None if part == 1.0 else int(head_width(hub) * part),
       qk_norm=QKNorm.HEAD if hub.get("use_qk_norm", False) else QKNorm.NONE,
       qk_norm_epsilon=model["norm_epsilon"],
       qkv_bias=hub.get("attention_bias", False),
@@ -96,6 +98,5 @@ GLM4_MOE = Family(
     *experts("mlp.experts"),
     *SHARED_EXPERTS,
   ),
-  # The layer after the last is that of multi-token prediction, which only training uses.
-  ignored=(r"model\.layers\.{layers}\..*",),
+  ignored=(PREDICTION_LAYERS,),
 )

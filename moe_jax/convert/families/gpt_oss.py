@@ -24,25 +24,43 @@ from moe_jax.moe.layer import MoEConfig
 from moe_jax.moe.presets import preset
 
 _WORDS = {"sliding_attention": "attention", "full_attention": "global_attention"}
+# The library's code asks for a window, where no layer has one too.
+_WINDOW = 128
+_YARN = {
+  "rope_type": "yarn",
+  "factor": 32.0,
+  "truncate": False,
+  "original_max_position_embeddings": 4096,
+}
+# Of no scaling: an absent one would stand for the above.
+_PLAIN = {"rope_type": "default", "type": "default"}
 
 
 def _words(hub: HubConfig) -> list[str]:
   """Returns the mixer of every layer: with a window and without one in turn."""
-  layers = hub.get("num_hidden_layers")
-  turns = (list(_WORDS) * layers)[:layers]
-  return [_WORDS[kind] for kind in hub.each_layer("layer_types", turns, tuple(_WORDS))]
+  turns = ["sliding_attention", "full_attention"] * hub.get("num_hidden_layers")
+  kinds = hub.layer_types(tuple(_WORDS), turns[: hub.get("num_hidden_layers")])
+  return [_WORDS[kind] for kind in kinds]
+
+
+def _with_defaults(hub: HubConfig) -> HubConfig:
+  """Returns the settings with those of the library's class: a file without rotary ones has YaRN."""
+  if hub.get("rope_parameters", None) is None and not hub.get("rope_scaling", None):
+    hub = HubConfig({**hub.values, "rope_parameters": _YARN})
+  return hub.with_defaults(num_key_value_heads=8, head_dim=64, sliding_window=_WINDOW)
 
 
 def _read(hub: HubConfig) -> ModelConfig:
   hub.only("hidden_act", "silu")
   hub.only("swiglu_alpha", 1.702)
+  hub = _with_defaults(hub)
   words = _words(hub)
   blocks = [f"{word}:moe" for word in words]
   biased = hub.get("attention_bias", True)
   windowed = read_attention(
     hub,
     theta=150_000.0,
-    window=hub.get("sliding_window", 128),
+    window=hub.get("sliding_window", None),
     sinks=True,
     qkv_bias=biased,
     out_bias=biased,
@@ -71,14 +89,19 @@ def _read(hub: HubConfig) -> ModelConfig:
 
 def _write(config: ModelConfig) -> dict[str, Any]:
   moe, attention = config.moe, config.attention or config.global_attention
-  names = {word: kind for kind, word in _WORDS.items()}
+  window = config.attention.window if config.attention else None
+  kinds = {word: kind for kind, word in _WORDS.items()}
+  if window is None:
+    kinds["attention"] = "full_attention"
+  rope = {} if attention.rope_scaling else {"rope_scaling": _PLAIN}
   return {
     # The name is the same whatever the library computes.
     **write_model(config, hidden_act="silu"),
     **write_attention(attention),
+    **rope,
     "attention_bias": attention.qkv_bias,
-    "sliding_window": attention.window,
-    "layer_types": [names[block[0]] for block in config.layers()],
+    "sliding_window": window or _WINDOW,
+    "layer_types": [kinds[block[0]] for block in config.layers()],
     "intermediate_size": moe.hidden_dim,
     "swiglu_limit": moe.clamp,
     "num_local_experts": moe.routing.num_experts,

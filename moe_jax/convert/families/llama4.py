@@ -30,20 +30,36 @@ from moe_jax.moe.presets import preset
 
 _ROTATED, _PLAIN = "attention", "global_attention"
 _CHUNKED, _FULL = "chunked_attention", "full_attention"
+# The library's code asks for a size, where no layer has chunks too.
+_CHUNK = 8192
+_KINDS = {_ROTATED: _CHUNKED, _PLAIN: _FULL}
 
 
-def _rotated(hub: HubConfig) -> list[bool]:
-  """Tells of every layer whether it has rotary positions, which go with chunks."""
+def _words(hub: HubConfig) -> list[str]:
+  """Returns the mixer of every layer: with rotary positions or without."""
   layers, interval = hub.get("num_hidden_layers"), hub.get("no_rope_layer_interval", 4)
   every = [(layer + 1) % interval != 0 for layer in range(layers)]
-  rotated = [bool(each) for each in hub.each_layer("no_rope_layers", every)]
-  kinds = [_CHUNKED if each else _FULL for each in rotated]
-  if hub.get("layer_types", kinds) != kinds:
-    raise UserError(
-      f"{CONFIG_FILE} has layer_types = {hub.get('layer_types')}, which is not supported: expected"
-      f" {kinds}, chunks where there are rotary positions"
-    )
-  return rotated
+  rotated = hub.get("no_rope_layers", []) or every
+  return [_ROTATED if each else _PLAIN for each in rotated[:layers]]
+
+
+def _chunks(hub: HubConfig) -> dict[str, int | None]:
+  """Returns the chunk of each mixer, None for those that see everything.
+
+  Raises:
+    UserError: layers of one mixer differ in it.
+  """
+  words = _words(hub)
+  kinds = hub.layer_types((_CHUNKED, _FULL), [_KINDS[word] for word in words])
+  found = {}
+  for word, kind in zip(words, kinds, strict=True):
+    if found.setdefault(word, kind) != kind:
+      raise UserError(
+        f"{CONFIG_FILE} has layer_types = {kinds}, which is not supported: expected one kind for"
+        " all layers with rotary positions, and one for all without"
+      )
+  chunk = hub.get("attention_chunk_size", None)
+  return {word: chunk if kind == _CHUNKED else None for word, kind in found.items()}
 
 
 def _moe_layers(hub: HubConfig) -> list[int]:
@@ -54,20 +70,21 @@ def _moe_layers(hub: HubConfig) -> list[int]:
 def _blocks(hub: HubConfig) -> list[str]:
   with_experts = _moe_layers(hub)
   return [
-    f"{_ROTATED if rotated else _PLAIN}:{'moe' if layer in with_experts else 'dense'}"
-    for layer, rotated in enumerate(_rotated(hub))
+    f"{word}:{'moe' if layer in with_experts else 'dense'}"
+    for layer, word in enumerate(_words(hub))
   ]
 
 
-def _attentions(hub: HubConfig, blocks: list[str]) -> dict[str, AttentionConfig]:
+def _attentions(hub: HubConfig) -> dict[str, AttentionConfig]:
   """Returns the two mixers, those of them that are used."""
+  chunks = _chunks(hub)
   biased = hub.get("attention_bias", False)
   norm = QKNorm.L2 if hub.get("use_qk_norm", True) else QKNorm.NONE
   rotated = read_attention(
     hub,
     theta=500_000.0,
     rotary_layout=RotaryLayout.PAIRS,
-    chunk=hub.get("attention_chunk_size", None),
+    chunk=chunks.get(_ROTATED),
     qk_norm=norm,
     qk_norm_epsilon=hub.get("rms_norm_eps", 1e-5),
     qkv_bias=biased,
@@ -78,17 +95,18 @@ def _attentions(hub: HubConfig, blocks: list[str]) -> dict[str, AttentionConfig]
     rotated.num_heads,
     rotated.num_kv_heads,
     rotated.head_dim,
+    chunk=chunks.get(_PLAIN),
     positions=Positions.NONE,
     qkv_bias=biased,
     out_bias=biased,
     query_temperature_floor=hub.get("floor_scale", 8192) if tuned else None,
     query_temperature_scale=hub.get("attn_scale", 0.1) if tuned else 0.1,
   )
-  used = {block.partition(":")[0] for block in blocks}
-  return {word: c for word, c in ((_ROTATED, rotated), (_PLAIN, plain)) if word in used}
+  return {word: c for word, c in ((_ROTATED, rotated), (_PLAIN, plain)) if word in chunks}
 
 
 def _read(hub: HubConfig) -> ModelConfig:
+  hub = hub.with_defaults(num_key_value_heads=8, head_dim=128, attention_chunk_size=_CHUNK)
   blocks, width = _blocks(hub), hub.get("intermediate_size")
   routing = preset(
     "llama4",
@@ -98,7 +116,7 @@ def _read(hub: HubConfig) -> ModelConfig:
   )
   return ModelConfig(
     **read_model(hub, epsilon=1e-5),
-    **_attentions(hub, blocks),
+    **_attentions(hub),
     segments=as_segments(blocks),
     mlp=dense(hub, blocks, hub.get("intermediate_size_mlp", 16384)),
     moe=MoEConfig(routing, **read_network(hub, width), shared_hidden_dim=width),
@@ -109,6 +127,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
   moe, rotated, plain = config.moe, config.attention, config.global_attention
   any_attention = rotated or dataclasses.replace(plain, positions=Positions.ROTARY)
   words = [block[0] for block in config.layers()]
+  mixers = {_ROTATED: rotated, _PLAIN: plain}
   settings = {
     **write_model(config),
     **write_attention(any_attention),
@@ -116,9 +135,9 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     "intermediate_size_mlp": config.mlp.hidden_dim if config.mlp else moe.hidden_dim,
     "moe_layers": config.moe_layers(),
     "no_rope_layers": [int(word == _ROTATED) for word in words],
-    "layer_types": [_CHUNKED if word == _ROTATED else _FULL for word in words],
+    "layer_types": [_FULL if mixers[word].chunk is None else _CHUNKED for word in words],
     "attention_bias": any_attention.qkv_bias,
-    "attention_chunk_size": any_attention.chunk,
+    "attention_chunk_size": next((c.chunk for c in mixers.values() if c and c.chunk), _CHUNK),
     "use_qk_norm": any_attention.qk_norm == QKNorm.L2,
     "num_local_experts": moe.routing.num_experts,
     "num_experts_per_tok": moe.routing.top_k,

@@ -22,6 +22,7 @@ from moe_jax.moe.presets import preset
 
 
 def _read(hub: HubConfig) -> ModelConfig:
+  hub = hub.with_defaults(num_key_value_heads=8)
   blocks = ["attention:moe"] * hub.get("num_hidden_layers")
   routing = preset(
     "mixtral",

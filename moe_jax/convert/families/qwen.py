@@ -47,15 +47,15 @@ def _layer_types(hub: HubConfig) -> list[str]:
 
   Without a list the library gives a window to every second of the first `max_window_layers`.
   """
-  layers = hub.get("num_hidden_layers")
+  layers = range(hub.get("num_hidden_layers"))
   if not hub.get("use_sliding_window", False):
-    return [_FULL] * layers
+    return hub.layer_types((_FULL,), [_FULL for _ in layers])
   first = hub.get("max_window_layers", 28)
-  default = [_SLIDING if i % 2 == 0 and i < first else _FULL for i in range(layers)]
-  return hub.each_layer("layer_types", default, (_FULL, _SLIDING))
+  default = [_SLIDING if i % 2 == 0 and i < first else _FULL for i in layers]
+  return hub.layer_types((_FULL, _SLIDING), default)
 
 
-def _attentions(kinds: list[str], whole: AttentionConfig, window: int) -> dict[str, Any]:
+def _attentions(kinds: list[str], whole: AttentionConfig, window: int | None) -> dict[str, Any]:
   """Returns the mixers that layers of these kinds have; a model of one kind has one mixer."""
   if _SLIDING not in kinds:
     return {"attention": whole}
@@ -84,6 +84,7 @@ def _write_layers(config: ModelConfig) -> dict[str, Any]:
 
 
 def _read_qwen2(hub: HubConfig) -> ModelConfig:
+  hub = hub.with_defaults(num_key_value_heads=16, sliding_window=4096)
   kinds = _layer_types(hub)
   blocks = [
     f"{_word(kind, kinds)}:{ff}" for kind, ff in zip(kinds, _feed_forwards(hub), strict=True)
@@ -98,7 +99,7 @@ def _read_qwen2(hub: HubConfig) -> ModelConfig:
   )
   return ModelConfig(
     **read_model(hub),
-    **_attentions(kinds, whole, hub.get("sliding_window", 4096)),
+    **_attentions(kinds, whole, hub.get("sliding_window", None)),
     segments=as_segments(blocks),
     mlp=dense(hub, blocks, hub.get("intermediate_size")),
     moe=MoEConfig(
@@ -143,6 +144,7 @@ QWEN2_MOE = Family(
 
 
 def _read_qwen3(hub: HubConfig) -> ModelConfig:
+  hub = hub.with_defaults(num_key_value_heads=4, sliding_window=4096)
   model = read_model(hub)
   blocks = [f"attention:{ff}" for ff in _feed_forwards(hub)]
   biased = hub.get("attention_bias", False)
@@ -163,7 +165,7 @@ def _read_qwen3(hub: HubConfig) -> ModelConfig:
       qk_norm_epsilon=model["norm_epsilon"],
       qkv_bias=biased,
       out_bias=biased,
-      window=hub.get("sliding_window", 4096) if windowed else None,
+      window=hub.get("sliding_window", None) if windowed else None,
     ),
     mlp=dense(hub, blocks, hub.get("intermediate_size")),
     moe=MoEConfig(routing, **read_network(hub, hub.get("moe_intermediate_size"))),

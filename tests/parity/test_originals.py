@@ -1,4 +1,4 @@
-"""Tiny checkpoints of every decoder family compute here what they do in their original library.
+"""Tiny checkpoints of every family compute here what they do in their original library.
 
 Logits are of order 4, and float32 leaves 1e-5 of them at most (the originals' own distance between
 float32 and float64); tolerances are what is promised, which a wrong detail misses by far.
@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from fast_compilation import compile_fast  # noqa: F401
 from parity.drawn_tensors import write_checkpoint
-from parity.measuring import Comparison
+from parity.encoder_decoder_measuring import STACKS
+from parity.measuring import compare
 
 from moe_jax.convert import save_pretrained, to_hub
 
@@ -23,17 +24,21 @@ TOLERANCES = {
   "router_gradients": 1e-4,
   "aux_loss": 1e-5,
   "aux_loss_rp": 1e-5,
+  **{f"{stack}_{loss}": 1e-5 for stack in STACKS for loss in ("aux_loss", "z_loss")},
   "generated": 0,
   "generated_uncached": 0,
 }
-# A window, a latent cache; the gradients of a plain and of a biased router. All: `make test-full`.
-CACHED = ("mixtral_swa", "deepseek_v3", "llama4_scout")
-DIFFERENTIATED = ("mixtral_swa", "gpt_oss_clamp")
+# A window, a latent cache, a state, an encoder; the gradients of a plain and of a biased router,
+# through a scan, and with drops. All: `make test-full`.
+CACHED = ("mixtral_swa", "deepseek_v3", "llama4_scout", "jamba_projbias_tied", "switch_drop")
+DIFFERENTIATED = ("mixtral_swa", "gpt_oss_clamp", "jamba", "nllb_moe_bpr")
+ENCODER_DECODERS = [name for name in VARIANTS if name.startswith(("switch", "nllb"))]
 FORWARD = (
   *("mixtral_swa", "olmoe_clip_gqa_norm", "qwen2_moe_mixed", "qwen3_moe_mixed"),
   *("deepseek_v1", "deepseek_v1_norm", "deepseek_v2", "deepseek_v3"),
   *("deepseek_v3_halves", "llama4_scout", "llama4_maverick", "gpt_oss_clamp", "granitemoe_tied"),
-  *("phimoe", "dbrx_p2", "glm4_moe_groups"),
+  *("phimoe_longrope", "dbrx_p2", "glm4_moe_groups", "jamba", "jamba_projbias_tied"),
+  *("switch_drop", "switch_untied", "nllb_moe_bpr"),
 )
 
 
@@ -50,7 +55,7 @@ def comparison(tmp_path_factory):
   def load(name):
     if name not in loaded:
       folder = write_checkpoint(FIXTURES / name, tmp_path_factory.mktemp("checkpoints") / name)
-      loaded[name] = Comparison(folder, FIXTURES / name), folder
+      loaded[name] = compare(folder, FIXTURES / name), folder
     return loaded[name]
 
   return load
@@ -64,13 +69,20 @@ def check(found):
 @pytest.mark.parametrize("name", cases(FORWARD))
 def test_logits_router_logits_losses_and_greedy_tokens_are_the_originals(name, comparison):
   found = comparison(name)[0].forward()
-  assert {"logits", "logits_rp", "router_logits", "generated_uncached"} <= set(found)
+  assert {"logits", "logits_rp", "router_logits"} <= set(found)
+  assert name in ENCODER_DECODERS or "generated_uncached" in found
   check(found)
 
 
 @pytest.mark.parametrize("name", cases(CACHED))
 def test_tokens_generated_with_a_cache_are_the_originals(name, comparison):
   check(comparison(name)[0].cached())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_tokens_of_encoder_decoders_without_a_cache_are_the_originals(name, comparison):
+  check(comparison(name)[0].uncached())
 
 
 @pytest.mark.parametrize("name", cases(DIFFERENTIATED))
@@ -84,7 +96,7 @@ def test_saved_checkpoint_has_the_tensors_and_the_meaning_of_the_loaded_one(
 ):
   loaded, folder = comparison(name)
   save_pretrained(loaded.model, loaded.config, tmp_path / "saved")
-  again = Comparison(tmp_path / "saved", FIXTURES / name)
+  again = compare(tmp_path / "saved", FIXTURES / name)
   assert again.config == loaded.config
   first, second = (to_hub(each.model, each.config) for each in (loaded, again))
   assert first.keys() == second.keys()
