@@ -56,7 +56,10 @@ _KINDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     num_key_value_heads kv_n_heads head_dim num_local_experts num_experts n_routed_experts
     moe_num_experts num_experts_per_tok num_experts_per_token moe_top_k kv_lora_rank
     qk_nope_head_dim qk_rope_head_dim v_head_dim decoder_sparse_step interleave_moe_layer_step
-    moe_layer_freq no_rope_layer_interval
+    moe_layer_freq no_rope_layer_interval num_layers num_decoder_layers num_heads d_kv d_ff
+    encoder_layers decoder_layers encoder_attention_heads decoder_attention_heads encoder_ffn_dim
+    decoder_ffn_dim relative_attention_num_buckets relative_attention_max_distance
+    attn_layer_period expert_layer_period mamba_d_conv mamba_d_state mamba_expand
     """,
   ),
   (
@@ -67,7 +70,8 @@ _KINDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     first_k_dense_replace n_shared_experts max_window_layers max_position_embeddings
     original_max_position_embeddings intermediate_size intermediate_size_mlp moe_intermediate_size
     shared_expert_intermediate_size ffn_hidden_size n_group topk_group q_lora_rank sliding_window
-    attention_chunk_size
+    attention_chunk_size encoder_sparse_step expert_capacity attn_layer_offset expert_layer_offset
+    decoder_start_token_id pad_token_id num_nextn_predict_layers
     """,
   ),
   (
@@ -79,6 +83,8 @@ _KINDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     moe_loss_weight aux_loss_alpha routed_scaling_factor clip_qkv moe_normalize_expert_weights
     attention_multiplier embedding_multiplier logits_scaling residual_multiplier floor_scale
     attn_scale swiglu_limit swiglu_alpha router_jitter_noise
+    router_z_loss_coef dropout dropout_rate layer_norm_epsilon moe_token_dropout
+    moe_eval_capacity_token_fraction
     """,
   ),
   (
@@ -87,6 +93,8 @@ _KINDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     """
     attention_bias mlp_bias qkv_bias lm_head_bias tie_word_embeddings norm_topk_prob seq_aux
     use_qk_norm use_sliding_window rope_interleave truncate
+    batch_prioritized_routing mamba_conv_bias mamba_proj_bias router_bias scale_embedding
+    normalize_router_prob_before_dropping
     """,
   ),
   (
