@@ -21,6 +21,10 @@ def _is_size(value: Any) -> bool:
   return _is_integer(value, 1)
 
 
+def _is_rank(value: Any) -> bool:
+  return value == "auto" or _is_size(value)
+
+
 def _is_number(value: Any) -> bool:
   # Python's integers may be too large for a float.
   return type(value) in (int, float) and abs(value) <= 1e300 and math.isfinite(value)
@@ -42,6 +46,10 @@ def _is_integers(value: Any) -> bool:
   return isinstance(value, list) and all(map(_is_integer, value))
 
 
+def _is_numbers(value: Any) -> bool:
+  return isinstance(value, list) and all(map(_is_number, value))
+
+
 def _is_section(value: Any) -> bool:
   return isinstance(value, dict)
 
@@ -59,7 +67,8 @@ _KINDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     moe_layer_freq no_rope_layer_interval num_layers num_decoder_layers num_heads d_kv d_ff
     encoder_layers decoder_layers encoder_attention_heads decoder_attention_heads encoder_ffn_dim
     decoder_ffn_dim relative_attention_num_buckets relative_attention_max_distance
-    attn_layer_period expert_layer_period mamba_d_conv mamba_d_state mamba_expand
+    max_position_embeddings attn_layer_period expert_layer_period mamba_d_conv mamba_d_state
+    mamba_expand
     """,
   ),
   (
@@ -67,13 +76,15 @@ _KINDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     _is_integer,
     f"an integer from 0 to {_LARGEST}",
     """
-    first_k_dense_replace n_shared_experts max_window_layers max_position_embeddings
+    first_k_dense_replace n_shared_experts max_window_layers num_sparse_encoder_layers
+    num_sparse_decoder_layers
     original_max_position_embeddings intermediate_size intermediate_size_mlp moe_intermediate_size
     shared_expert_intermediate_size ffn_hidden_size n_group topk_group q_lora_rank sliding_window
     attention_chunk_size encoder_sparse_step expert_capacity attn_layer_offset expert_layer_offset
     decoder_start_token_id pad_token_id num_nextn_predict_layers
     """,
   ),
+  (_is_rank, f'"auto" or an integer from 1 to {_LARGEST}', "mamba_dt_rank"),
   (
     _is_number,
     "a finite number",
@@ -103,6 +114,7 @@ _KINDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     "model_type hidden_act rope_type type topk_method scoring_func quant_method",
   ),
   (_is_words, "a list of strings", "architectures layer_types"),
+  (_is_numbers, "a list of finite numbers", "short_factor long_factor"),
   (
     _is_integers,
     f"a list of integers from 0 to {_LARGEST}",
