@@ -205,7 +205,11 @@ class HubConfig:
 
   def rope_settings(self) -> dict[str, Any]:
     """Returns the settings of rotary positions that stand together, in either style."""
-    return self.get("rope_scaling", None) or self.get("rope_parameters", {})
+    given = self.get("rope_scaling", None) or self.get("rope_parameters", {})
+    for name, value in given.items():
+      if value is not None:
+        check_setting(name, value, CONFIG_FILE)
+    return given
 
   def _scaling(self, kind: RopeScalingKind, given: "HubConfig") -> RopeScaling:
     fields = {name: given.get(_SCALING_KEYS[name], None) for name in _FIELDS_OF[kind]}

@@ -21,6 +21,10 @@ def _is_size(value: Any) -> bool:
   return _is_integer(value, 1)
 
 
+def _is_rank(value: Any) -> bool:
+  return value == "auto" or _is_size(value)
+
+
 def _is_number(value: Any) -> bool:
   # Python's integers may be too large for a float.
   return type(value) in (int, float) and abs(value) <= 1e300 and math.isfinite(value)
@@ -46,10 +50,6 @@ def _is_numbers(value: Any) -> bool:
   return isinstance(value, list) and all(map(_is_number, value))
 
 
-def _is_rank(value: Any) -> bool:
-  return value == "auto" or _is_size(value)
-
-
 def _is_section(value: Any) -> bool:
   return isinstance(value, dict)
 
@@ -64,10 +64,10 @@ _KINDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     num_key_value_heads kv_n_heads head_dim num_local_experts num_experts n_routed_experts
     moe_num_experts num_experts_per_tok num_experts_per_token moe_top_k kv_lora_rank
     qk_nope_head_dim qk_rope_head_dim v_head_dim decoder_sparse_step interleave_moe_layer_step
-    moe_layer_freq no_rope_layer_interval d_kv d_ff num_heads num_layers num_decoder_layers
-    relative_attention_num_buckets relative_attention_max_distance encoder_layers decoder_layers
-    encoder_ffn_dim decoder_ffn_dim encoder_attention_heads decoder_attention_heads
-    encoder_sparse_step attn_layer_period expert_layer_period mamba_d_state mamba_d_conv
+    moe_layer_freq no_rope_layer_interval num_layers num_decoder_layers num_heads d_kv d_ff
+    encoder_layers decoder_layers encoder_attention_heads decoder_attention_heads encoder_ffn_dim
+    decoder_ffn_dim relative_attention_num_buckets relative_attention_max_distance
+    max_position_embeddings attn_layer_period expert_layer_period mamba_d_conv mamba_d_state
     mamba_expand
     """,
   ),
@@ -76,13 +76,15 @@ _KINDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     _is_integer,
     f"an integer from 0 to {_LARGEST}",
     """
-    first_k_dense_replace n_shared_experts max_window_layers max_position_embeddings
+    first_k_dense_replace n_shared_experts max_window_layers num_sparse_encoder_layers
+    num_sparse_decoder_layers
     original_max_position_embeddings intermediate_size intermediate_size_mlp moe_intermediate_size
     shared_expert_intermediate_size ffn_hidden_size n_group topk_group q_lora_rank sliding_window
-    attention_chunk_size num_sparse_encoder_layers num_sparse_decoder_layers expert_capacity
-    decoder_start_token_id pad_token_id attn_layer_offset expert_layer_offset
+    attention_chunk_size encoder_sparse_step expert_capacity attn_layer_offset expert_layer_offset
+    decoder_start_token_id pad_token_id num_nextn_predict_layers
     """,
   ),
+  (_is_rank, f'"auto" or an integer from 1 to {_LARGEST}', "mamba_dt_rank"),
   (
     _is_number,
     "a finite number",
@@ -91,9 +93,9 @@ _KINDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     attention_factor low_freq_factor high_freq_factor rms_norm_eps router_aux_loss_coef
     moe_loss_weight aux_loss_alpha routed_scaling_factor clip_qkv moe_normalize_expert_weights
     attention_multiplier embedding_multiplier logits_scaling residual_multiplier floor_scale
-    attn_scale swiglu_limit swiglu_alpha router_jitter_noise router_z_loss_coef layer_norm_epsilon
-    dropout_rate dropout short_mscale long_mscale moe_eval_capacity_token_fraction
-    moe_token_dropout
+    attn_scale swiglu_limit swiglu_alpha router_jitter_noise
+    router_z_loss_coef short_mscale long_mscale dropout dropout_rate layer_norm_epsilon moe_token_dropout
+    moe_eval_capacity_token_fraction
     """,
   ),
   (
@@ -101,26 +103,23 @@ _KINDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     "true or false",
     """
     attention_bias mlp_bias qkv_bias lm_head_bias tie_word_embeddings norm_topk_prob seq_aux
-    use_qk_norm use_sliding_window rope_interleave truncate router_bias scale_embedding
-    batch_prioritized_routing normalize_router_prob_before_dropping mamba_conv_bias mamba_proj_bias
+    use_qk_norm use_sliding_window rope_interleave truncate
+    batch_prioritized_routing mamba_conv_bias mamba_proj_bias router_bias scale_embedding
+    normalize_router_prob_before_dropping
     """,
   ),
   (
     _is_word,
     "a string",
-    """
-    model_type hidden_act rope_type type topk_method scoring_func quant_method dense_act_fn
-    activation_function router_dtype second_expert_policy
-    """,
+    "model_type hidden_act rope_type type topk_method scoring_func quant_method",
   ),
   (_is_words, "a list of strings", "architectures layer_types"),
+  (_is_numbers, "a list of finite numbers", "short_factor long_factor"),
   (
     _is_integers,
     f"a list of integers from 0 to {_LARGEST}",
     "mlp_only_layers moe_layers no_rope_layers",
   ),
-  (_is_numbers, "a list of finite numbers", "short_factor long_factor"),
-  (_is_rank, f'"auto" or an integer from 1 to {_LARGEST}', "mamba_dt_rank"),
   (
     _is_section,
     "an object",
