@@ -94,7 +94,8 @@ _KINDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     moe_loss_weight aux_loss_alpha routed_scaling_factor clip_qkv moe_normalize_expert_weights
     attention_multiplier embedding_multiplier logits_scaling residual_multiplier floor_scale
     attn_scale swiglu_limit swiglu_alpha router_jitter_noise
-    router_z_loss_coef short_mscale long_mscale dropout dropout_rate layer_norm_epsilon moe_token_dropout
+    router_z_loss_coef short_mscale long_mscale dropout dropout_rate layer_norm_epsilon
+    moe_token_dropout
     moe_eval_capacity_token_fraction
     """,
   ),

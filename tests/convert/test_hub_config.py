@@ -145,8 +145,8 @@ def test_no_setting_of_a_wrong_type_is_met_by_surprise(name):
 @pytest.mark.parametrize(
   "name, changes, words",
   [
-    ("gpt_oss", {"layer_types": ["full_attention"]}, "layer_types = ['full_attention']"),
-    ("qwen2_moe_mixed", {"layer_types": ["full_atention"] * 4}, "layer_types = ['full_atention',"),
+    ("gpt_oss", {"layer_types": ["full_attention"]}, "1 layer_types, expected num_hidden_layers = 4"),
+    ("qwen2_moe_mixed", {"layer_types": ["full_atention"] * 4}, "did you mean full_attention?"),
   ],
 )
 def test_lists_of_layers_have_one_known_entry_a_layer(name, changes, words):
