@@ -49,7 +49,7 @@ _OPERATION = (
   Flag(
     "set",
     FlagKind.TEXTS,
-    "a field of the new run's config, as steps=400 or moe.dispatch=einsum; repeatable",
+    "a field of the new run's config, as steps=400 or moe.top_k=1; repeatable",
     (),
   ),
   Flag("moments", FlagKind.TEXT, "carry or reset what the optimiser remembers", "carry"),
@@ -284,7 +284,8 @@ def _run(argv: list[str]) -> int:
   elif rest and not rest[0].startswith("-"):
     _check_operation(name, rest[0])
   if name not in COMMANDS:
-    raise UserError(f"{name!r} is not a command; {did_you_mean(name, COMMANDS)}")
+    single = [each for each in COMMANDS if " " not in each]
+    raise UserError(f"{name!r} is not a command; {did_you_mean(name, single)}")
   if "--help" in rest or "-h" in rest:
     print(_command_help(name))
     return 0

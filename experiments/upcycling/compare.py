@@ -66,8 +66,9 @@ def table(results: dict) -> str:
 
 
 def _mean_spread(values: list[float]) -> str:
-  spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-  return f"{statistics.mean(values):.4f} ± {spread:.4f}"
+  if len(values) == 1:
+    return f"{values[0]:.4f}"
+  return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
 
 
 def _train_dense(seed: int, args: argparse.Namespace) -> Path:

@@ -112,7 +112,7 @@ def _check_stream(source: Source, config: ExperimentConfig, schedule: Schedule) 
   old, step = source.config, int(source.state.step)
   if config.steps <= step:
     raise UserError(
-      f"steps = {config.steps} is refused: the source stands at step {step}, so no step would follow;"
+      f"steps = {config.steps} is refused: the source stands at step {step} and none would follow;"
       " use --set=steps=N with a larger N, or --schedule=reset"
     )
   same_stream = config.data == old.data and stream_of(config, source.data) == stream_of(
