@@ -48,8 +48,8 @@ def generate(
       and top_k, sum to top_p, 0 to 1; None = from all. Of equal tokens the lower id comes first.
     stop_token: id, or ids, that end a row: it is padded with the one it ended in, and routed no
       more. Generation ends with the last row. Ids in the prompt end nothing.
-    use_cache: keep keys and values, or states. Without it every step runs the whole prefix and compiles for
-      its length: a slow reference.
+    use_cache: keep keys and values, or states. Without it every step runs the whole prefix and
+      compiles for its length: a slow reference.
     token_mask: (B, L) bool, True = real token: prompts of different lengths, padded on either
       side. New tokens follow the last real token's position.
     key: random key, needed if temperature > 0.
