@@ -108,6 +108,9 @@ def _costs(plan: Plan) -> Table:
   further = plan.multi_token_prediction_flops_per_token_training
   if further:
     rows.insert(2, ("multi-token prediction's", _compact(further), "in training, on top"))
+  tower = plan.vision_flops_per_image_token_forward
+  if tower:
+    rows.insert(1, ("vision tower's, an image token", _compact(tower), "forward, on top"))
   if plan.dispatch_form is not None:
     form = f"dispatch = {plan.dispatch_form}, {B} sequences a call"
     extra = plan.dispatch_flops_per_token_forward + plan.empty_slot_flops_per_token_forward
