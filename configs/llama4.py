@@ -8,9 +8,11 @@
   configs/llama4.py:maverick_text  400.71 B total, 17.18 B active, 103 GFLOP
 
 Sizes are those of the releases, for which there is no paper. The vision tower, 0.87 B in both, cuts
-336 x 336 pixels into 24 x 24 patches of which 2 x 2 become a token; the variants `_text` are without.
-A trainer's text has no images: `pixel_values` are given to the model, or come with a batch. Scout has 16 experts in every layer, Maverick 128 in every other one. Three layers of four
-attend within chunks of 8,192 positions, with rotary positions; the fourth sees everything, without
+336 x 336 pixels into 24 x 24 patches, of which 2 x 2 become a token; variants `_text` are without.
+A trainer's text has no images: `pixel_values` are given to the model, or come with a batch.
+
+Scout has 16 experts in every layer, Maverick 128 in every other one. Three layers of four attend
+within chunks of 8,192 positions, with rotary positions; the fourth sees everything, without
 positions, its queries scaled by the logarithm of their place. A router's score multiplies the
 expert's input.
 

@@ -251,6 +251,8 @@ class Decoder(Stack):
     """Returns the embeddings (B, L, D) of tokens, those of images from the tower."""
     x = self.embed(tokens, mask, positions)
     if pixel_values is None:
+      if image_mask is not None:
+        raise UserError("image_mask was given without pixel_values: give both, or neither")
       return x
     places = image_places(self.config, tokens, mask, pixel_values, image_mask)
     return place_images(x, places, self.vision(pixel_values))

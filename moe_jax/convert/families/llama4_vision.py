@@ -38,7 +38,10 @@ def _read(hub: HubConfig) -> ModelConfig:
     )
   vision = hub.section("vision_config").with_defaults(**_DEFAULTS)
   image_token = hub.get("image_token_index", hub.get("image_token_id", _IMAGE_TOKEN))
-  return dataclasses.replace(text, vision=_read_vision(vision, image_token))
+  try:
+    return dataclasses.replace(text, vision=_read_vision(vision, image_token))
+  except UserError as error:
+    raise UserError(f"in vision_config, {error}") from None
 
 
 def _read_vision(hub: HubConfig, image_token: int) -> VisionConfig:
@@ -50,8 +53,8 @@ def _read_vision(hub: HubConfig, image_token: int) -> VisionConfig:
   theta, scaling = hub.rope()
   if scaling is not None:
     raise UserError(
-      f"{CONFIG_FILE} has the rope scaling {str(scaling.kind)!r} in its vision_config, which is not"
-      " supported: expected default"
+      f"{CONFIG_FILE} has the rope scaling {str(scaling.kind)!r}, which is not supported: expected"
+      " default"
     )
   side = _patches_per_token(hub.get("pixel_shuffle_ratio"))
   width, adapter = hub.get("hidden_size"), hub.get("projector_output_dim")
@@ -90,8 +93,8 @@ def _side(hub: HubConfig, name: str) -> int:
   given = hub.get(name)
   if not isinstance(given, int):
     raise UserError(
-      f"{CONFIG_FILE} has {name} = {given} in its vision_config, which is not supported: expected"
-      " one number, the rows and the columns of a square"
+      f"{CONFIG_FILE} has {name} = {given}, which is not supported: expected one number, the rows"
+      " and the columns of a square"
     )
   return given
 
