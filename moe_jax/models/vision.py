@@ -104,7 +104,8 @@ def patch_rotary_table(config: VisionConfig) -> RotaryTable:
   side, pairs = config.patches_per_side, config.model_dim // config.num_heads // 4
   row, column = jnp.divmod(jnp.arange(side * side), side)
   frequency = config.rope_theta ** (-jnp.arange(pairs, dtype=jnp.float32) / pairs)
-  angle = jnp.concatenate([(each + 1)[:, None] * frequency for each in (column, row)], axis=-1)
+  parts = [(each + 1)[:, None] * frequency[None] for each in (column, row)]
+  angle = jnp.concatenate(parts, axis=-1)
   angle = jnp.pad(angle, ((0, 1), (0, 0)))[None, :, None]
   return jnp.cos(angle), jnp.sin(angle)
 

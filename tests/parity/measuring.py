@@ -153,8 +153,8 @@ def _key_of(name: str, theirs, mine: dict[str, np.ndarray]) -> str:
   A router's module in the original may have another name than the tensor in its checkpoint: both
   have the number of the layer, the shape, and the last word.
   """
-  if name in mine:
-    return name
+  if (key := name.removeprefix("grad:")) in mine:
+    return key
   layer, kind = re.search(r"\.\d+\.", name).group(), name.rpartition(".")[2]
   router = re.compile(r"(gate|router|router\.layer)\." + kind)
   (key,) = [
