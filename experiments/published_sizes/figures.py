@@ -80,6 +80,20 @@ FIGURES = (
     "685B on the hub: with multi-token prediction, 11.61B, and its copies of embedding and head",
   ),
   Figure(
+    "Llama 4 Scout",
+    "configs/llama4.py:scout",
+    "109B",
+    "17B",
+    "active figure also that of the text alone, 17.17B",
+  ),
+  Figure(
+    "Llama 4 Maverick",
+    "configs/llama4.py:maverick",
+    "402B",
+    "17B",
+    "total as the hub counts it; active figure also that of the text alone, 17.18B",
+  ),
+  Figure(
     "Llama 4 Scout, text",
     "configs/llama4.py:scout_text",
     "109B",

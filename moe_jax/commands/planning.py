@@ -114,6 +114,9 @@ def _costs(plan: Plan) -> Table:
   if plan.cache_bytes_per_sequence:
     kept = f"{plan.cache_bytes_per_sequence:,}"
     rows.insert(-3, ("cache bytes a sequence", kept, "states, whatever its length"))
+  tower = plan.vision_flops_per_image_token_forward
+  if tower:
+    rows.insert(1, ("vision FLOPs an image token", _compact(tower), "forward, on top"))
   if plan.dispatch_form is not None:
     form = f"dispatch = {plan.dispatch_form}, batch of {B}"
     before = [row[0] for row in rows].index("cache bytes a token")

@@ -25,6 +25,7 @@ class Family:
     ignored: regular expressions of tensors that checkpoints may have and a model does not need;
       "{prediction}" stands for the numbers of the layers of multi-token prediction, after the last.
     encoder_decoder: its models have an encoder.
+    vision: its models have a vision tower.
     drops: the original drops tokens outside training too, where an expert is full.
   """
 
@@ -36,6 +37,7 @@ class Family:
   rules: tuple[Rule, ...]
   ignored: tuple[str, ...] = ()
   encoder_decoder: bool = False
+  vision: bool = False
   drops: bool = False
 
 

@@ -89,7 +89,7 @@ def _check_plain(hub: HubConfig) -> None:
 
 def _ignored(family: Family, config: ModelConfig, hub: HubConfig) -> tuple[str, ...]:
   # Some files repeat a tied embedding as the head.
-  tied = (r"lm_head\.weight",) if config.tie_embeddings else ()
+  tied = (r"(language_model\.)?lm_head\.weight",) if config.tie_embeddings else ()
   first, count = len(config.layers()), hub.get("num_nextn_predict_layers", 1)
   numbers = "|".join(str(first + i) for i in range(max(count, 1)))
   beyond = (pattern.replace("{prediction}", f"({numbers})") for pattern in family.ignored)

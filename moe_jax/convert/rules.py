@@ -14,7 +14,8 @@ from moe_jax.moe.router import RouterState
 # A place in the model's state, for example ("segments", 0, "blocks", 1, "mixer", "query").
 Path = tuple[str | int, ...]
 
-_LAYER, _ENCODER_LAYER, _EXPERT = "{layer}", "{encoder_layer}", "{expert}"
+_LAYER, _EXPERT = "{layer}", "{expert}"
+_ENCODER_LAYER, _VISION_LAYER = "{encoder_layer}", "{vision_layer}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Rule:
 
   Attributes:
     hub: the tensor's key. "{layer}" stands for the number of the block and makes the rule one of
-      blocks, "{encoder_layer}" one of an encoder's blocks; "{expert}" for the number of an expert,
-      whose parameters have a leading axis E here.
+      blocks, "{encoder_layer}" one of an encoder's and "{vision_layer}" one of a vision tower's;
+      "{expert}" for the number of an expert, whose parameters have a leading axis E here.
     ours: places of the parameters, separated by dots, in the model or in the block. The rule
       applies to the blocks that have them; a block that has some and not all is refused.
     transform: from the slices of one block (and expert) to the tensor.
@@ -113,12 +114,14 @@ def links(rules: tuple[Rule, ...], config: ModelConfig) -> list[Link]:
       continue
     if _ENCODER_LAYER in each.hub:
       stack, place = config.encoder_stack(), ("encoder",)
+    elif _VISION_LAYER in each.hub:
+      stack, place = config.vision_stack(), ("vision",)
     elif _LAYER in each.hub:
       stack, place = config, ("decoder",) if config.encoder else ()
     else:
       found += _top_links(each, shapes)
       continue
-    for block in _blocks(stack, place):
+    for block in [] if stack is None else _blocks(stack, place):
       found += _block_links(each, block, shapes)
   return found
 
@@ -167,7 +170,8 @@ def _block_links(each: Rule, block: _BlockStack, shapes: dict[Path, Shape]) -> l
     for expert in experts:
       index = (repeat,) if expert is None else (repeat, expert)
       slices = tuple(Slice(path, index, shapes[path][len(index) :]) for path in paths)
-      key = each.hub.replace(_LAYER, str(layer)).replace(_ENCODER_LAYER, str(layer))
-      key = key.replace(_EXPERT, str(expert))
+      key = each.hub.replace(_EXPERT, str(expert))
+      for number in (_LAYER, _ENCODER_LAYER, _VISION_LAYER):
+        key = key.replace(number, str(layer))
       made.append(Link(key, slices, each.transform))
   return made

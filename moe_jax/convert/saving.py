@@ -23,6 +23,8 @@ from moe_jax.models import Model, ModelConfig
 
 _MOST_FAULTS = 4
 _FIVE_GB = 5_000_000_000
+# Settings that stand under other names in what is written here.
+_OTHER_STYLE = ("dtype", "rope_parameters")
 
 
 def to_hub(tree: Any, config: ModelConfig) -> dict[str, np.ndarray]:
@@ -88,7 +90,7 @@ def save_pretrained(
   settings = dict(architecture_settings(family, config))
   settings["torch_dtype"] = str(_embedding(leaves).dtype)
   if like is not None:
-    settings = {**_other_settings(Path(like), settings), **settings}
+    settings = _over(_other_settings(Path(like), settings), settings)
   with _draft(folder) as draft:
     _write(draft, links(family.rules, config), leaves, settings, max_file_bytes)
     if like is not None:
@@ -189,9 +191,16 @@ def _other_settings(folder: Path, own: Mapping[str, Any]) -> dict[str, Any]:
       f"like = {folder} is a checkpoint of {hub.get('model_type')}; expected one of"
       f" {own['model_type']}"
     )
-  return {
-    name: value for name, value in hub.values.items() if name not in ("dtype", "rope_parameters")
-  }
+  return hub.values
+
+
+def _over(others: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns settings with our own over the others', also in sections that are models' settings."""
+  merged = {name: value for name, value in others.items() if name not in _OTHER_STYLE} | dict(own)
+  for name, value in own.items():
+    if isinstance(value, Mapping) and "model_type" in value:
+      merged[name] = _over(others.get(name) or {}, value)
+  return merged
 
 
 def _copy_companions(source: Path, target: Path) -> None:

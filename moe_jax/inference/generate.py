@@ -15,6 +15,7 @@ from moe_jax.errors import UserError
 from moe_jax.inference.sampling import Sampling, check_sampling, choose_token, make_sampling
 from moe_jax.models import Model
 from moe_jax.models.decoder import DecoderCache
+from moe_jax.models.vision import image_places
 
 
 def generate(
@@ -29,6 +30,7 @@ def generate(
   use_cache: bool = True,
   token_mask: jax.Array | None = None,
   decoder_tokens: jax.Array | None = None,
+  pixel_values: jax.Array | None = None,
   key: jax.Array | None = None,
 ) -> jax.Array:
   """Continues prompts by a fixed number of tokens; an encoder-decoder answers them.
@@ -58,6 +60,8 @@ def generate(
       side. New tokens follow the last real token's position.
     decoder_tokens: (B, L') int32, what the answers of an encoder-decoder begin with, all of them
       real; None = `EncoderConfig.start_token` alone.
+    pixel_values: (N, channels, rows, columns), the images of the prompts, see `Decoder`; a new
+      token is never one of an image.
     key: random key, needed if temperature > 0.
 
   Returns:
@@ -65,8 +69,8 @@ def generate(
     (B, L' + max_new_tokens), what the answers begin with included.
 
   Raises:
-    UserError: an empty prompt, a row without a real token, an id outside the vocabulary, or
-      arguments out of range.
+    UserError: an empty prompt, a row without a real token, an id outside the vocabulary, images
+      that do not fit the prompts, or arguments out of range.
   """
   tokens = _rows("tokens", tokens)
   token_mask = (
@@ -79,20 +83,25 @@ def generate(
     raise UserError(
       f"temperature = {temperature} samples: key = None was given, a jax.random.key is needed"
     )
-  source, tokens, token_mask = _split(
-    model, jnp.asarray(tokens, jnp.int32), jnp.asarray(token_mask), decoder_tokens
-  )
+  tokens, token_mask = jnp.asarray(tokens, jnp.int32), jnp.asarray(token_mask)
+  images = None
+  if pixel_values is not None:
+    pixel_values = jnp.asarray(pixel_values)
+    images = pixel_values, image_places(model.config, tokens, token_mask, pixel_values)
+  source, tokens, token_mask = _split(model, tokens, token_mask, decoder_tokens)
   if max_new_tokens == 0:
     return tokens
   key = jax.random.key(0) if key is None else key
   chooser = _Chooser(make_sampling(temperature, top_k, top_p), stop_ids, key)
   run = _generate_cached if use_cache else _generate_uncached
-  new = run(*nnx.split(model), source, tokens, token_mask, chooser, max_new_tokens)
+  new = run(*nnx.split(model), source, images, tokens, token_mask, chooser, max_new_tokens)
   return jnp.concatenate([tokens, new], axis=1)
 
 
 # Tokens and mask of what an encoder reads; None without one.
 _Source = tuple[jax.Array, jax.Array] | None
+# Images (N, channels, rows, columns) and the prompts' tokens (B, L) that stand for them.
+_Images = tuple[jax.Array, jax.Array] | None
 
 
 def _split(
@@ -137,12 +146,13 @@ class _Chooser:
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "max_new_tokens"))
-def _generate_cached(graph, params, source, tokens, token_mask, chooser, max_new_tokens):
+def _generate_cached(graph, params, source, images, tokens, token_mask, chooser, max_new_tokens):
   """Returns the new tokens (B, max_new_tokens)."""
   model = nnx.merge(graph, params)
   B, L = tokens.shape
   cache = _empty_cache(model, source, B, L + max_new_tokens - 1)
-  logits, cache = model.decode(tokens, cache, token_mask=token_mask)
+  own = {} if images is None else {"pixel_values": images[0]}
+  logits, cache = model.decode(tokens, cache, token_mask=token_mask, **own)
   logits = _last_real(logits, token_mask)
   last, running = chooser(logits, jnp.zeros(B, jnp.int32), jnp.ones(B, bool), 0)
   new = jnp.zeros((B, max_new_tokens), jnp.int32).at[:, 0].set(last)
@@ -168,12 +178,12 @@ def _empty_cache(model: Model, source: _Source, batch_size: int, num_slots: int)
   return model.init_cache(model.encode(source[0], token_mask=source[1]), num_slots)
 
 
-def _generate_uncached(graph, params, source, tokens, token_mask, chooser, max_new_tokens):
+def _generate_uncached(graph, params, source, images, tokens, token_mask, chooser, max_new_tokens):
   """Returns the new tokens (B, max_new_tokens)."""
   B, L = tokens.shape
   last, running = jnp.zeros(B, jnp.int32), jnp.ones(B, bool)
   for i in range(max_new_tokens):
-    logits = _next_logits(graph, params, source, tokens, token_mask)
+    logits = _next_logits(graph, params, source, images, tokens, token_mask)
     last, running = chooser(logits, last, running, i)
     tokens = jnp.concatenate([tokens, last[:, None]], axis=1)
     token_mask = jnp.concatenate([token_mask, running[:, None]], axis=1)
@@ -184,12 +194,22 @@ def _generate_uncached(graph, params, source, tokens, token_mask, chooser, max_n
 
 
 @functools.partial(jax.jit, static_argnames="graph")
-def _next_logits(graph, params, source, tokens, token_mask):
+def _next_logits(graph, params, source, images, tokens, token_mask):
   model = nnx.merge(graph, params)
   if source is None:
-    return _last_real(model(tokens, token_mask=token_mask), token_mask)
+    own = _of_images(images, tokens.shape[1])
+    return _last_real(model(tokens, token_mask=token_mask, **own), token_mask)
   logits = model(source[0], tokens, token_mask=source[1], decoder_mask=token_mask)
   return _last_real(logits, token_mask)
+
+
+def _of_images(images: _Images, length: int) -> dict[str, jax.Array]:
+  """Returns what a model is told of the prompts' images when it reads `length` tokens a row."""
+  if images is None:
+    return {}
+  pixel_values, mask = images
+  new = ((0, 0), (0, length - mask.shape[1]))
+  return {"pixel_values": pixel_values, "image_mask": jnp.pad(mask, new)}
 
 
 def _last_real(logits_BLV: jax.Array, token_mask: jax.Array) -> jax.Array:

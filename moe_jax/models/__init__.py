@@ -9,6 +9,7 @@ from moe_jax.models.encoder import Encoded
 from moe_jax.models.encoder_config import EncoderConfig
 from moe_jax.models.encoder_decoder import EncoderDecoder
 from moe_jax.models.model_aux import ModelAux
+from moe_jax.models.vision_config import VisionConfig
 
 Model = Decoder | EncoderDecoder
 
@@ -30,5 +31,6 @@ __all__ = [
   "ModelConfig",
   "PositionEmbedding",
   "Remat",
+  "VisionConfig",
   "make_model",
 ]

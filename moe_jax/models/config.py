@@ -4,7 +4,7 @@ import dataclasses
 import enum
 import math
 
-from moe_jax.choices import as_choice, nearest
+from moe_jax.choices import as_choice
 from moe_jax.errors import UserError
 from moe_jax.layers.attention_config import AttentionConfig, LatentAttentionConfig
 from moe_jax.layers.mamba_config import MambaConfig
@@ -12,20 +12,12 @@ from moe_jax.layers.mlp import FeedForwardConfig
 from moe_jax.layers.norms import Norm
 from moe_jax.models.depth_config import DepthConfig
 from moe_jax.models.encoder_config import EncoderConfig
+from moe_jax.models.segments import DEPTH, FEED_FORWARDS, MIXERS, Segment, parse_segment
+from moe_jax.models.vision_config import VisionConfig
 from moe_jax.moe.dispatch import Dispatch
 from moe_jax.moe.layer import MoEConfig
 from moe_jax.moe.options import Overflow
 from moe_jax.moe.registry import Chooser
-
-# The words of a block, and the field of `ModelConfig` that says what they are.
-MIXERS = {
-  "attention": "attention",
-  "global_attention": "global_attention",
-  "latent_attention": "latent_attention",
-  "mamba": "mamba",
-}
-FEED_FORWARDS = {"dense": "mlp", "moe": "moe"}
-DEPTH = "depth"
 
 MixerConfig = AttentionConfig | LatentAttentionConfig | MambaConfig
 
@@ -53,25 +45,6 @@ class PositionEmbedding(enum.StrEnum):
 
 
 @dataclasses.dataclass(frozen=True)
-class Segment:
-  """A pattern of blocks, repeated and scanned.
-
-  Attributes:
-    pattern: (mixer, feed-forward) of each block, for example (("attention", "dense"),
-      ("attention", "moe")), and "depth" as a third word where only some tokens take the block.
-    repeats: how many times the pattern occurs; the parameters are stacked on that axis.
-  """
-
-  pattern: tuple[tuple[str, ...], ...]
-  repeats: int
-
-  @property
-  def num_layers(self) -> int:
-    """Returns the number of blocks."""
-    return len(self.pattern) * self.repeats
-
-
-@dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """A language model: a decoder, or with `encoder` the decoder behind an encoder.
 
@@ -95,6 +68,7 @@ class ModelConfig:
     encoder: another stack, of its own parameters but for the embedding, whose output all blocks of
       the decoder look at.
     cross_attention: how they do, between mixer and feed-forward.
+    vision: a tower that images go through, whose output stands for the tokens of images.
     position_embedding, position_offset: what is added to the embeddings, and the number of a row's
       first position.
     norm, norm_epsilon: of the residual stream.
@@ -129,6 +103,7 @@ class ModelConfig:
   mamba: MambaConfig | None = None
   encoder: EncoderConfig | None = None
   cross_attention: AttentionConfig | None = None
+  vision: VisionConfig | None = None
   position_embedding: PositionEmbedding = PositionEmbedding.NONE
   position_offset: int = 0
   norm: Norm = Norm.RMSNORM
@@ -178,6 +153,7 @@ class ModelConfig:
         " both must be 0 or greater"
       )
     self._check_encoder()
+    self._check_vision()
     self._check_sections()
     self._check_experts()
     self._check_stream()
@@ -279,6 +255,21 @@ class ModelConfig:
         f" attention and {' or '.join(FEED_FORWARDS)}, as in 'attention:dense attention:moe'"
       )
 
+  def _check_vision(self) -> None:
+    if self.vision is None:
+      return
+    if self.encoder is not None or self.mtp_depth:
+      having = f"mtp_depth = {self.mtp_depth}" if self.encoder is None else "an encoder"
+      raise UserError(
+        f"vision is refused with {having}: the tokens of images are known to a decoder's first"
+        " layer alone; leave one of the two out"
+      )
+    if not 0 <= self.vision.image_token < self.vocab_size:
+      raise UserError(
+        f"vision.image_token = {self.vision.image_token} is refused: it must be an id, from 0 to"
+        f" {self.vocab_size - 1}"
+      )
+
   def _check_experts(self) -> None:
     if self.moe is None:
       return
@@ -299,7 +290,7 @@ class ModelConfig:
         " (pattern, repeats) pair, for example"
         " (('attention:dense attention:moe', 2),)"
       )
-    return tuple(_parse_segment(segment) for segment in self.segments)
+    return tuple(parse_segment(segment) for segment in self.segments)
 
   def layers(self) -> list[tuple[str, ...]]:
     """Returns (mixer, feed-forward), and "depth" after them if so, of every block in order."""
@@ -313,7 +304,7 @@ class ModelConfig:
 
   def _encoder_layers(self) -> list[tuple[str, ...]]:
     """Returns the words of every block of the encoder in order, none without one."""
-    segments = map(_parse_segment, self.encoder.segments if self.encoder else ())
+    segments = map(parse_segment, self.encoder.segments if self.encoder else ())
     return [block for s in segments for block in s.pattern * s.repeats]
 
   def encoder_stack(self) -> "ModelConfig | None":
@@ -331,6 +322,21 @@ class ModelConfig:
       global_attention=None,
       latent_attention=None,
       mamba=None,
+    )
+
+  def vision_stack(self) -> "ModelConfig | None":
+    """Returns the tower's blocks as a model's config of their own, None without one."""
+    if self.vision is None:
+      return None
+    return ModelConfig(
+      vocab_size=self.vocab_size,
+      model_dim=self.vision.model_dim,
+      segments=(("attention:dense", self.vision.num_layers),),
+      attention=self.vision.attention(),
+      mlp=self.vision.feed_forward(),
+      norm=Norm.LAYERNORM,
+      norm_epsilon=self.vision.norm_epsilon,
+      **{name: getattr(self, name) for name in ("init_scale", "dtype", "remat", "scan_unroll")},
     )
 
   def moe_layers(self, *, train: bool = False) -> list[int]:
@@ -370,31 +376,3 @@ class ModelConfig:
     return dataclasses.replace(
       config, moe=dataclasses.replace(config.moe, dispatch=Dispatch.RAGGED)
     )
-
-
-def _parse_segment(segment) -> Segment:
-  if not (
-    isinstance(segment, (tuple, list))
-    and len(segment) == 2
-    and isinstance(segment[0], str)
-    and type(segment[1]) is int
-  ):
-    raise UserError(
-      f"segment {segment!r} is not a (pattern, repeats) pair such as"
-      " ('attention:dense attention:moe', 2)"
-    )
-  pattern, repeats = segment
-  if repeats < 1 or not pattern.split():
-    raise UserError(f"segment {segment!r} is empty: give at least one block and one repeat")
-  return Segment(tuple(_parse_block(block) for block in pattern.split()), repeats)
-
-
-def _parse_block(block: str) -> tuple[str, ...]:
-  whole = [f"{mixer}:{kind}" for mixer in MIXERS for kind in FEED_FORWARDS]
-  known = whole + [f"{each}:{DEPTH}" for each in whole]
-  if block not in known:
-    raise UserError(
-      f"block {block!r} is not one of {', '.join(whole)}, or one of these and ':{DEPTH}';"
-      f" did you mean {nearest(block, known) or known[0]}?"
-    )
-  return tuple(block.split(":"))

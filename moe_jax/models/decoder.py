@@ -18,6 +18,7 @@ from moe_jax.models.mixers import Context
 from moe_jax.models.model_aux import ModelAux, make_aux
 from moe_jax.models.multi_token import MultiTokenModule, look_ahead
 from moe_jax.models.stack import CROSS, Record, SegmentCache, Stack
+from moe_jax.models.vision import VisionTower, image_places, place_images
 from moe_jax.moe.layer import NO_INPUTS, RouterInputs, TokenInfo
 
 
@@ -43,7 +44,8 @@ class Decoder(Stack):
   """Pre-norm decoder of mixers and dense or expert feed-forwards.
 
   With `encoder` in its config it is the decoder of `moe_jax.models.EncoderDecoder`, and its blocks
-  look at an encoder's output too.
+  look at an encoder's output too. With `vision` it reads images: their tokens take the place of
+  the embeddings of image tokens.
   """
 
   def __init__(self, config: ModelConfig, *, key: jax.Array):
@@ -58,6 +60,8 @@ class Decoder(Stack):
     if config.mtp_depth:
       keys = jax.random.split(jax.random.fold_in(key, 1), config.mtp_depth)
       self.mtp = nnx.List([MultiTokenModule(config, key=k) for k in keys])
+    if config.vision is not None:
+      self.vision = VisionTower(config, key=jax.random.fold_in(key, 2))
 
   def __call__(
     self,
@@ -66,6 +70,8 @@ class Decoder(Stack):
     token_mask: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     positions: jax.Array | None = None,
+    pixel_values: jax.Array | None = None,
+    image_mask: jax.Array | None = None,
     encoded: Encoded | None = None,
     router_inputs: RouterInputs = NO_INPUTS,
     return_aux: bool = False,
@@ -79,6 +85,10 @@ class Decoder(Stack):
       token_mask: (B, L) bool, True = real token; None = all real.
       segment_ids: (B, L) int32 of packed documents; mixers stay inside a segment.
       positions: (B, L) int32; None counts the real tokens of each row.
+      pixel_values: (N, channels, rows, columns) floats, the images, or tiles of images, of all rows
+        in order; None = no images, and image tokens have embeddings as all others.
+      image_mask: (B, L) bool, the tokens that stand for images, `VisionConfig.tokens_per_image`
+        each; None = the real ones with the id `VisionConfig.image_token`.
       encoded: an encoder's output, for models that have one.
       router_inputs: what single routers are given, see `RouterInputs`; a leading axis of MoE
         layers everywhere.
@@ -88,16 +98,20 @@ class Decoder(Stack):
 
     Returns:
       logits (B, L, V) float32, and `ModelAux` if asked for. A token id outside the
-      vocabulary makes them NaN, also those of tokens that attend to it or share its experts.
+      vocabulary makes them NaN, also those of tokens that attend to it or share its experts. So
+      does, inside a compiled function, another number of image tokens than the images have.
 
     Raises:
-      UserError: shapes or dtypes that do not fit, or a missing key.
+      UserError: shapes or dtypes that do not fit, another number of image tokens than the images
+        have, or a missing key.
     """
     logits, records, further = self.logits_and_records(
       tokens,
       token_mask=token_mask,
       segment_ids=segment_ids,
       positions=positions,
+      pixel_values=pixel_values,
+      image_mask=image_mask,
       encoded=encoded,
       router_inputs=router_inputs,
       train=train,
@@ -117,6 +131,8 @@ class Decoder(Stack):
     router_inputs,
     train,
     key,
+    pixel_values=None,
+    image_mask=None,
     look_further=False,
   ) -> tuple[jax.Array, list[Record], list[jax.Array]]:
     """Returns logits, the records of blocks, and logits of further tokens; see `__call__`.
@@ -136,7 +152,7 @@ class Decoder(Stack):
     info = TokenInfo(token_mask, tokens, segment_ids)
     key = key if train else None
     contexts = self._contexts(places, encoded)
-    x = self.embed(tokens, token_mask, positions)
+    x = self._embed_all(tokens, token_mask, positions, pixel_values, image_mask)
     x, _, records = self._run(x, info, contexts, None, inputs=router_inputs, key=key, train=train)
     further = []
     if look_further and train and self.config.mtp_depth:
@@ -145,9 +161,16 @@ class Decoder(Stack):
     return self._logits(self.finish(x)), records, further
 
   def decode(
-    self, tokens: jax.Array, cache: DecoderCache, *, token_mask: jax.Array | None = None
+    self,
+    tokens: jax.Array,
+    cache: DecoderCache,
+    *,
+    token_mask: jax.Array | None = None,
+    pixel_values: jax.Array | None = None,
   ) -> tuple[jax.Array, DecoderCache]:
     """Extends cached sequences by tokens (B, L) and returns their logits (B, L, V) and the cache.
+
+    `pixel_values` are the images of these tokens, as in `__call__`.
 
     Padding (token_mask False) takes a cache slot but no position, and is never looked at. A cache
     without room for L more tokens is refused; inside a compiled function, where the free slots
@@ -179,7 +202,7 @@ class Decoder(Stack):
     contexts = self.contexts(places)
     if cache.encoded_mask is not None:
       contexts[CROSS] = cross_context(None, _to_all(cache.encoded_mask, tokens.shape[1]))
-    x = self.embed(tokens, token_mask, positions)
+    x = self._embed_all(tokens, token_mask, positions, pixel_values)
     x, segments, _ = self._run(
       x, info, contexts, cache.segments, inputs=NO_INPUTS, key=None, train=False
     )
@@ -223,6 +246,16 @@ class Decoder(Stack):
   def embed(self, ids: jax.Array, mask: jax.Array, positions: jax.Array) -> jax.Array:
     """Returns the embeddings (B, L, D) of ids (B, L); see `embed_tokens`."""
     return embed_tokens(self.embedding[...], self.config, ids, mask, positions)
+
+  def _embed_all(self, tokens, mask, positions, pixel_values, image_mask=None) -> jax.Array:
+    """Returns the embeddings (B, L, D) of tokens, those of images from the tower."""
+    x = self.embed(tokens, mask, positions)
+    if pixel_values is None:
+      if image_mask is not None:
+        raise UserError("image_mask was given without pixel_values: give both, or neither")
+      return x
+    places = image_places(self.config, tokens, mask, pixel_values, image_mask)
+    return place_images(x, places, self.vision(pixel_values))
 
   def _predict_further(self, x, tokens: TokenInfo, places: Places, contexts, inputs, key):
     """Returns the logits of every depth of multi-token prediction, and the experts' records."""

@@ -16,6 +16,7 @@ from moe_jax.planning.sizes import (
   router_size,
   shared_experts_size,
 )
+from moe_jax.planning.vision import vision_parameters
 
 COMPONENTS = (
   "embedding",
@@ -29,6 +30,7 @@ COMPONENTS = (
   "shared_experts",
   "norms",
   "depth_router",
+  "vision",
 )
 
 _WHOLE = fractions.Fraction(1)
@@ -42,7 +44,7 @@ class Component:
     total: all.
     active: those that work on one token. A part that takes only some tokens counts by their
       fraction, so this may be no whole number.
-    matmul_active: the active ones that multiply activations.
+    matmul_active: the active ones that multiply activations of text: none of a vision tower.
   """
 
   total: int = 0
@@ -81,7 +83,7 @@ class ParameterCount:
 
   @property
   def active(self) -> int:
-    """All but the experts a token does not visit; embedding, head and encoder included."""
+    """All but the experts a token does not visit; embedding, head, encoder and tower included."""
     return round(sum(part.active for part in self.components.values()))
 
   @property
@@ -101,7 +103,7 @@ class ParameterCount:
 
   @property
   def matmul_active(self) -> int:
-    """Active parameters that multiply activations: no embedding look-up, no norms, no biases."""
+    """Active parameters that multiply activations: no embedding look-up, norms, biases, tower."""
     return round(sum(part.matmul_active for part in self.components.values()))
 
   def _total(self, name: str) -> int:
@@ -163,6 +165,8 @@ def _outside_blocks(config: ModelConfig):
     yield "head", Size(embedding), _WHOLE
   if config.encoder is not None and config.encoder.own_embedding:
     yield "embedding", Size(0, embedding), _WHOLE
+  # See `moe_jax.planning.vision` for what it multiplies.
+  yield "vision", Size(0, vision_parameters(config)), _WHOLE
   yield "head", Size(0, config.vocab_size if config.head_bias else 0), _WHOLE
 
 

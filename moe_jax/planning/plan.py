@@ -18,6 +18,7 @@ from moe_jax.planning.memory import (
   optimizer_bytes,
   weight_bytes,
 )
+from moe_jax.planning.vision import vision_flops_per_image_token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Plan:
     flops_per_token_training: forward and backward, without multi-token prediction.
     multi_token_prediction_flops_per_token_training: what that adds.
     flops_per_token_forward_by_component: what the forward FLOPs are the sum of.
+    vision_flops_per_image_token_forward: what the tower adds to a token that stands for an image,
+      see `moe_jax.planning.vision`.
     dispatch_form: how tokens travel to experts; None without experts.
     dispatch_flops_per_token_forward, empty_slot_flops_per_token_forward: what that form adds, over
       all MoE layers, see `DispatchCost`.
@@ -61,6 +64,7 @@ class Plan:
   flops_per_token_training: float
   multi_token_prediction_flops_per_token_training: float
   flops_per_token_forward_by_component: dict[str, float]
+  vision_flops_per_image_token_forward: float
   dispatch_form: str | None
   dispatch_flops_per_token_forward: float
   empty_slot_flops_per_token_forward: float
@@ -96,6 +100,7 @@ def plan_model(config: ModelConfig, *, batch_size: int, sequence_length: int) ->
       config, sequence_length
     ),
     flops_per_token_forward_by_component=flops,
+    vision_flops_per_image_token_forward=vision_flops_per_image_token(config),
     **_dispatch(config, batch_size, sequence_length),
     cache_bytes_per_token=cache_bytes_per_token(config),
     encoded_cache_bytes_per_token=encoded_cache_bytes_per_token(config),

@@ -60,6 +60,7 @@ def run_batch(model, batch: Batch, **call: Any) -> tuple[jax.Array, ModelAux]:
     token_mask=batch["segment_ids"] > 0,
     segment_ids=batch["segment_ids"],
     positions=batch["positions"],
+    pixel_values=batch.get("pixel_values"),
     return_aux=True,
     **call,
   )
@@ -71,7 +72,9 @@ def token_nll(model, batch: Batch, **call: Any) -> tuple[jax.Array, ModelAux]:
   Args:
     model: the language model.
     batch: `tokens`, `targets`, `segment_ids`, `positions`, `loss_mask`, each (B, L) int32; of an
-      encoder-decoder also `source_tokens` and `source_segment_ids`, see `moe_jax.data.objectives`.
+      encoder-decoder also `source_tokens` and `source_segment_ids`, see `moe_jax.data.objectives`;
+      of a model that reads images also `pixel_values`, see `moe_jax.models.Decoder`, with
+      accumulation as many images for every microbatch.
     **call: passed to the model.
   """
   logits, aux = run_batch(model, batch, **call)

@@ -145,7 +145,11 @@ def test_no_setting_of_a_wrong_type_is_met_by_surprise(name):
 @pytest.mark.parametrize(
   "name, changes, words",
   [
-    ("gpt_oss", {"layer_types": ["full_attention"]}, "1 layer_types, expected num_hidden_layers = 4"),
+    (
+      "gpt_oss",
+      {"layer_types": ["full_attention"]},
+      "1 layer_types, expected num_hidden_layers = 4",
+    ),
     ("qwen2_moe_mixed", {"layer_types": ["full_atention"] * 4}, "did you mean full_attention?"),
   ],
 )

@@ -14,7 +14,8 @@ DeepSeekMoE with it); `gen`, 16 greedy tokens after `gen_prompt` with a cache, a
 `grad:NAME`, the gradient of the training loss for every router.
 Encoder-decoders (`encoder_decoders.py`) have `decoder_input_ids` beside the encoder's tokens, which
 are those that are masked; routers and losses are told apart by `encoder_` and `decoder_`, and `gen`
-begins with the start token.
+begins with the start token. Models that read images (`image_models.py`) have `pixel_values`, and
+gradients of the tower's first parameters.
 
 --verify loads checkpoints that moe_jax wrote, `resaved` in every folder of DIR, with transformers,
 and prints how far their logits are from `expected.npz`.
@@ -32,6 +33,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import encoder_decoders  # noqa: E402
+import image_models  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
@@ -43,14 +45,16 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 ROWS, LENGTH, PADDING, PROMPT, NEW_TOKENS = 2, 24, 7, 10, 16
 # Draws whose decisions rounding could change are drawn again.
 _WIDEST_GAP, _LEAST_MARGIN = 2e-5, 2e-4
+_CONFIGS = CONFIGS | encoder_decoders.CONFIGS | image_models.CONFIGS
+_GAINS = GAINS | image_models.GAINS
 _ROUTER = re.compile(r"(gate|router|router\.layer|classifier)\.(weight|bias)$")
 
 
 def make(name: str, seed: int, folder: Path, with_weights: bool) -> None:
   """Writes the fixture of one variant."""
-  config = (CONFIGS | encoder_decoders.CONFIGS)[name]()
+  config = _CONFIGS[name]()
   for attempt in range(20):
-    drawn = {"seed": 1000 * seed + attempt, "gains": GAINS.get(name, {})}
+    drawn = {"seed": 1000 * seed + attempt, "gains": _GAINS.get(name, {})}
     drawn["shapes"] = _write_settings(config, folder)
     (folder / "weights.json").write_text(json.dumps(drawn, sort_keys=True) + "\n")
     model = _drawn_model(config, folder, drawn)
@@ -73,11 +77,14 @@ def _run(model, config, seed: int):
     found = encoder_decoders.expected_of(model, inputs)
   else:
     inputs = _inputs(seed)
+    if hasattr(config, "vision_config"):
+      inputs = image_models.with_images(config, inputs, seed)
     found = _expected(model, inputs)
   if found is None:
     return inputs, None
   for name, parameter in model.named_parameters():
-    if _ROUTER.search(name) and "proj" not in name and parameter.grad is not None:
+    compared = _ROUTER.search(name) and "proj" not in name or name.endswith(image_models.TOWER)
+    if compared and parameter.grad is not None:
       found[f"grad:{name}"] = parameter.grad
   return inputs, {name: each.detach().numpy() for name, each in found.items()}
 
@@ -128,20 +135,23 @@ def _inputs(seed: int) -> dict[str, np.ndarray]:
 def _expected(model, inputs) -> dict[str, torch.Tensor] | None:
   """Returns the original's results, or None if rounding could change a decision in them."""
   tokens, mask = (torch.tensor(inputs[name]) for name in ("input_ids", "attention_mask_rp"))
+  images = {name: torch.tensor(inputs[name]) for name in ("pixel_values",) if name in inputs}
   # Before a run: modules may keep tensors of theirs.
   exact_model = copy.deepcopy(model).double()
-  output = model(tokens, labels=tokens, output_router_logits=True)
+  output = model(tokens, **images, labels=tokens, output_router_logits=True)
   output.loss.backward()
   with torch.no_grad():
-    exact = exact_model(tokens).logits
-    padded = model(tokens * mask, attention_mask=mask, output_router_logits=True)
+    exact_images = {name: each.double() for name, each in images.items()}
+    exact = exact_model(tokens, **exact_images).logits
+    padded = model(tokens * mask, **images, attention_mask=mask, output_router_logits=True)
   prompt = tokens[:, :PROMPT]
-  uncached, margin = _greedy(model, prompt)
+  uncached, margin = _greedy(model, prompt, images)
   gap = (exact - output.logits).abs().max() / max(1.0, output.logits.abs().max())
   if gap > _WIDEST_GAP or margin < _LEAST_MARGIN:
     return None
   cached = model.generate(
     prompt,
+    **images,
     attention_mask=torch.ones_like(prompt),
     max_new_tokens=NEW_TOKENS,
     do_sample=False,
@@ -157,12 +167,15 @@ def _expected(model, inputs) -> dict[str, torch.Tensor] | None:
 
 
 @torch.no_grad()
-def _greedy(model, tokens):
+def _greedy(model, tokens, images):
   """Returns 16 tokens after a prompt without a cache, and the least lead of a chosen one."""
   margin, start = float("inf"), tokens.shape[1]
   for _ in range(NEW_TOKENS):
-    best = model(tokens, use_cache=False).logits[:, -1].topk(2)
+    best = model(tokens, **images, use_cache=False).logits[:, -1].topk(2)
     margin = min(margin, float((best.values[:, 0] - best.values[:, 1]).min()))
+    if images and (best.indices[:, 0] == model.config.image_token_index).any():
+      # The original would look for an image.
+      return tokens[:, start:], 0.0
     tokens = torch.cat([tokens, best.indices[:, :1]], dim=1)
   return tokens[:, start:], margin
 
@@ -176,7 +189,7 @@ def verify(folder: Path) -> None:
     config = transformers.AutoConfig.from_pretrained(saved)
     model = _load(model_class(config), saved)
   inputs, expected = np.load(folder / "inputs.npz"), np.load(folder / "expected.npz")
-  names = [name for name in ("input_ids", "decoder_input_ids") if name in inputs]
+  names = [name for name in ("input_ids", "decoder_input_ids", "pixel_values") if name in inputs]
   with torch.no_grad():
     logits = model(**{name: torch.tensor(inputs[name]) for name in names}).logits.numpy()
   print(f"{folder.name}: {np.abs(logits - expected['logits']).max():.2g}", flush=True)
@@ -198,7 +211,7 @@ def main() -> None:
     for folder in sorted(path.parent for path in args.verify.glob("*/resaved")):
       verify(folder)
     return
-  for name in CONFIGS | encoder_decoders.CONFIGS:
+  for name in _CONFIGS:
     if name.startswith(tuple(args.only.split(","))):
       make(name, args.seed, args.out / name, args.weights)
 

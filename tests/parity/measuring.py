@@ -39,6 +39,8 @@ class Comparison:
       dict(np.load(fixture / f"{name}.npz")) for name in ("inputs", "expected")
     )
     self.tokens = self.inputs["input_ids"]
+    images = [name for name in ("pixel_values",) if name in self.inputs]
+    self.images = {name: jnp.asarray(self.inputs[name]) for name in images}
 
   def forward(self) -> dict[str, float]:
     """Compares logits, router logits, balance losses and the tokens that follow without a cache."""
@@ -69,14 +71,16 @@ class Comparison:
   def cached(self) -> dict[str, float]:
     """Compares 16 greedy tokens with a cache."""
     prompt = jnp.asarray(self.expected["gen_prompt"], jnp.int32)
-    tokens = np.asarray(generate(self.model, prompt, NEW_TOKENS))[:, prompt.shape[1] :]
+    tokens = np.asarray(generate(self.model, prompt, NEW_TOKENS, **self.images))[
+      :, prompt.shape[1] :
+    ]
     return {"generated": float(np.sum(tokens != self.expected["gen"]))}
 
   def gradients(self) -> dict[str, float]:
-    """Compares the gradient of the original's training loss with respect to routers."""
+    """Compares the gradient of the original's training loss with respect to routers and images."""
     graph, params, rest = nnx.split(self.model, nnx.Param, ...)
     tokens = jnp.asarray(self.tokens, jnp.int32)
-    gradient = _loss_gradient(graph, params, rest, tokens, self._hub_weight())
+    gradient = _loss_gradient(graph, params, rest, tokens, self.images, self._hub_weight())
     mine = to_hub(gradient, self.config)
     worst = max(
       distance(mine[_key_of(name, theirs, mine)], theirs)
@@ -104,24 +108,25 @@ class Comparison:
     real = np.ones(tokens.shape, bool) if real is None else real
     width = ((0, 0), (0, _LONGEST - length))
     tokens, mask = jnp.asarray(np.pad(tokens, width), jnp.int32), jnp.asarray(np.pad(real, width))
-    logits, router_logits, losses = jax.device_get(_forward(*nnx.split(self.model), tokens, mask))
+    found = _forward(*nnx.split(self.model), tokens, mask, self.images)
+    logits, router_logits, losses = jax.device_get(found)
     return logits[:, :length], [each[:, :length] for each in router_logits], losses
 
 
 @functools.partial(jax.jit, static_argnames="graph")
-def _forward(graph, state, tokens, mask):
+def _forward(graph, state, tokens, mask, images):
   """Returns logits, router logits, and the balance loss pooled and summed over layers."""
   model = nnx.merge(graph, state)
-  logits, aux = model(tokens, token_mask=mask, return_aux=True)
+  logits, aux = model(tokens, token_mask=mask, return_aux=True, **images)
   pooled = _pooled(model.config, aux, mask)
   return logits, aux.router_logits, (pooled, aux.weighted_loss)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "weight"))
-def _loss_gradient(graph, params, rest, tokens, weight):
+def _loss_gradient(graph, params, rest, tokens, images, weight):
   def loss(params):
     model = nnx.merge(graph, params, rest)
-    logits, aux = model(tokens, return_aux=True)
+    logits, aux = model(tokens, return_aux=True, **images)
     likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], -1)
     balance = aux.weighted_loss
     if weight is not None:
@@ -143,11 +148,13 @@ def distance(mine, theirs) -> float:
 
 
 def _key_of(name: str, theirs, mine: dict[str, np.ndarray]) -> str:
-  """Returns the key of the router's tensor whose gradient the original calls `name`.
+  """Returns the key of the tensor whose gradient the original calls `name`.
 
-  The original's module may have another name than the tensor in its checkpoint: both have the
-  number of the layer, the shape, and the last word.
+  A router's module in the original may have another name than the tensor in its checkpoint: both
+  have the number of the layer, the shape, and the last word.
   """
+  if (key := name.removeprefix("grad:")) in mine:
+    return key
   layer, kind = re.search(r"\.\d+\.", name).group(), name.rpartition(".")[2]
   router = re.compile(r"(gate|router|router\.layer)\." + kind)
   (key,) = [

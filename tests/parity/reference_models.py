@@ -391,4 +391,6 @@ def model_class(config):
     return DeepseekForCausalLM
   if config.is_encoder_decoder:
     return transformers.AutoModelForSeq2SeqLM._model_mapping[type(config)]
-  return transformers.AutoModelForCausalLM._model_mapping[type(config)]
+  images = isinstance(config, transformers.Llama4Config)
+  auto = transformers.AutoModelForImageTextToText if images else transformers.AutoModelForCausalLM
+  return auto._model_mapping[type(config)]

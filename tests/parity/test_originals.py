@@ -28,15 +28,19 @@ TOLERANCES = {
   "generated": 0,
   "generated_uncached": 0,
 }
-# A window, a latent cache, a state, an encoder; the gradients of a plain and of a biased router,
-# through a scan, and with drops. All: `make test-full`.
-CACHED = ("mixtral_swa", "deepseek_v3", "llama4_scout", "jamba_projbias_tied", "switch_drop")
-DIFFERENTIATED = ("mixtral_swa", "gpt_oss_clamp", "jamba", "nllb_moe_bpr")
+# A window, a latent cache, images, a state, an encoder; the gradients of a plain and of a biased
+# router, through a scan, with drops and from images. All: `make test-full`.
+CACHED = (
+  *("mixtral_swa", "deepseek_v3", "llama4_scout", "llama4_multimodal", "jamba_projbias_tied"),
+  "switch_drop",
+)
+DIFFERENTIATED = ("mixtral_swa", "gpt_oss_clamp", "jamba", "nllb_moe_bpr", "llama4_multimodal")
 ENCODER_DECODERS = [name for name in VARIANTS if name.startswith(("switch", "nllb"))]
 FORWARD = (
   *("mixtral_swa", "olmoe_clip_gqa_norm", "qwen2_moe_mixed", "qwen3_moe_mixed"),
   *("deepseek_v1", "deepseek_v1_norm", "deepseek_v2", "deepseek_v3"),
-  *("deepseek_v3_halves", "llama4_scout", "llama4_maverick", "gpt_oss_clamp", "granitemoe_tied"),
+  *("deepseek_v3_halves", "llama4_scout", "llama4_maverick", "llama4_multimodal"),
+  *("gpt_oss_clamp", "granitemoe_tied"),
   *("phimoe_longrope", "dbrx_p2", "glm4_moe_groups", "jamba", "jamba_projbias_tied"),
   *("switch_drop", "switch_untied", "nllb_moe_bpr"),
 )

@@ -28,6 +28,8 @@ def sizes_by_component(config: ModelConfig) -> dict[str, int]:
 def component(config: ModelConfig, path: tuple) -> str:
   """Names the component that a parameter belongs to."""
   words = [word for word in path if isinstance(word, str) and word not in ("encoder", "decoder")]
+  if words[0] == "vision":
+    return "vision"
   if words[0] in ("embedding", "head", "head_bias"):
     return words[0].removesuffix("_bias")
   if words[0] == "final_norm" or {"mixer_norm", "cross_norm", "feed_forward_norm"} & set(words):

@@ -9,7 +9,7 @@ from flax import nnx
 from tiny_models import DENSE, MOE, tiny_config
 
 from moe_jax.layers.mamba_config import MambaConfig
-from moe_jax.models import Decoder
+from moe_jax.models import Decoder, VisionConfig
 from moe_jax.moe import MoEConfig, preset
 from moe_jax.planning.count import count_parameters
 from moe_jax.planning.flops import (
@@ -20,6 +20,7 @@ from moe_jax.planning.flops import (
   multi_token_flops_per_token,
   training_flops_per_token,
 )
+from moe_jax.planning.vision import vision_flops_per_image_token
 
 CONFIGS = {
   "alternating": tiny_config(),
@@ -165,3 +166,24 @@ def test_dispatch_flops_agree_with_the_compilers_count():
   experts = parts["routed_experts"] * (capacity_share - 1)
   ours = sum(parts.values()) + experts + masked + 2 * cost.flops
   assert compiled_flops(config, B, L) == pytest.approx(ours, rel=0.05)
+
+
+def test_an_image_token_costs_its_part_of_the_tower_and_a_token_of_text_nothing():
+  vision = VisionConfig(
+    image_token=1,
+    model_dim=8,
+    num_layers=2,
+    num_heads=2,
+    hidden_dim=12,
+    adapter_dim=6,
+    image_size=8,
+    patch_size=2,
+    num_channels=3,
+  )
+  config = dataclasses.replace(CONFIGS["alternating"], vision=vision)
+  assert forward_flops(config, 10) == forward_flops(CONFIGS["alternating"], 10)
+  # 16 patches of 3 x 2 x 2 numbers and a class token; 4 tokens of 4 patches each, D = 8.
+  patches = 16 * 12 * 8
+  block = 17 * (4 * 8 * 8 + 2 * 8 * 12) + 2 * 17 * 17 * 8
+  adapter = 4 * (32 * 6 + 6 * 6 + 6 * 8)
+  assert vision_flops_per_image_token(config) == 2 * (patches + 2 * block + adapter) / 4

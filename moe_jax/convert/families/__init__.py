@@ -14,6 +14,7 @@ from moe_jax.convert.families.granite import GRANITE
 from moe_jax.convert.families.jamba import JAMBA
 from moe_jax.convert.families.llama import LLAMA, MISTRAL
 from moe_jax.convert.families.llama4 import LLAMA4
+from moe_jax.convert.families.llama4_vision import LLAMA4_MULTIMODAL
 from moe_jax.convert.families.mixtral import MIXTRAL
 from moe_jax.convert.families.nllb import NLLB_MOE
 from moe_jax.convert.families.olmoe import OLMOE
@@ -33,6 +34,7 @@ from moe_jax.moe.options import BiasUpdate, Score, Weighting
 
 FAMILIES = (
   *(MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE, DEEPSEEK_V1, DEEPSEEK_V2, DEEPSEEK_V3, LLAMA4),
+  LLAMA4_MULTIMODAL,
   *(GRANITE, DBRX, GLM4_MOE, GPT_OSS, PHIMOE, JAMBA, SWITCH, NLLB_MOE),
 )
 # Read, to be upcycled, and never written.
@@ -97,7 +99,7 @@ def family_of(config: ModelConfig) -> Family:
     if not found:
       return family
   # Other mixers are one difference in words, and the largest in fact.
-  far = ("mixers", "encoder")
+  far = ("mixers", "encoder", "vision")
   nearest = min(
     faults, key=lambda name: (any(word in faults[name][0] for word in far), len(faults[name]))
   )
@@ -111,9 +113,11 @@ def family_of(config: ModelConfig) -> Family:
 def _differences(family: Family, config: ModelConfig) -> Iterator[str]:
   """Yields what the config would need to be one of the family's."""
   used = {block[0] for block in config.layers()}
-  if family.encoder_decoder != (config.encoder is not None):
-    yield "an encoder" if family.encoder_decoder else "no encoder"
-    return
+  for part in ("encoder", "vision"):
+    has = family.encoder_decoder if part == "encoder" else family.vision
+    if has != (getattr(config, part) is not None):
+      yield f"{'an' if part == 'encoder' else 'a'} {part}" if has else f"no {part}"
+      return
   if not used <= set(family.mixers):
     yield f"mixers among {', '.join(family.mixers)} instead of {', '.join(sorted(used))}"
     return
