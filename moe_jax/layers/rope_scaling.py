@@ -67,7 +67,8 @@ class RopeScaling:
       equal ones leave nothing in between (Llama 4 Scout).
     short_factors, long_factors: of `longrope`: what each of the K / 2 frequencies is divided by, in
       sequences of up to original_max_position tokens and in longer ones. Every call decides for
-      every sequence: keys in a cache stay as they were when a sequence outgrows the length.
+      every sequence: keys in a cache stay as they were when a sequence outgrows the length
+      (transformers' Phi computes them again, its other families do not).
     short_mscale, long_mscale: of `longrope`: what cosine and sine are multiplied by in those two,
       instead of by attention_factor (Phi-3.5-MoE).
   """
