@@ -15,7 +15,7 @@ from moe_jax import generate
 from moe_jax.errors import UserError
 from moe_jax.layers.attention_config import AttentionConfig
 from moe_jax.layers.mamba_config import MambaConfig
-from moe_jax.models import Decoder, DepthConfig
+from moe_jax.models import DepthConfig
 
 # The same float32 sums in products of other shapes and orders.
 TOLERANCE = 1e-5
@@ -93,9 +93,12 @@ def test_a_cache_has_states_that_do_not_grow():
 
 def test_further_tokens_are_predicted_through_a_mamba_block():
   config = dataclasses.replace(CONFIG, mtp_depth=1, segments=(("attention:dense mamba:moe", 1),))
-  model = nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0)))
-  call = functools.partial(model, train=True, return_aux=True)
-  _, aux = jax.eval_shape(call, jax.ShapeDtypeStruct((2, 5), jnp.int32))
+  graph, params = random_parameters(config)
+
+  def call(params, tokens):
+    return nnx.merge(graph, params)(tokens, train=True, return_aux=True)
+
+  _, aux = jax.eval_shape(call, params, jax.ShapeDtypeStruct((2, 5), jnp.int32))
   assert [each.shape for each in aux.mtp_logits] == [(2, 5, config.vocab_size)]
 
 
