@@ -99,7 +99,7 @@ def family_of(config: ModelConfig) -> Family:
     if not found:
       return family
   # Other mixers are one difference in words, and the largest in fact.
-  far = ("mixers", "encoder", "vision")
+  far = ("mixers", "encoder", "vision tower")
   nearest = min(
     faults, key=lambda name: (any(word in faults[name][0] for word in far), len(faults[name]))
   )
@@ -113,11 +113,12 @@ def family_of(config: ModelConfig) -> Family:
 def _differences(family: Family, config: ModelConfig) -> Iterator[str]:
   """Yields what the config would need to be one of the family's."""
   used = {block[0] for block in config.layers()}
-  for part in ("encoder", "vision"):
-    has = family.encoder_decoder if part == "encoder" else family.vision
-    if has != (getattr(config, part) is not None):
-      yield f"{'an' if part == 'encoder' else 'a'} {part}" if has else f"no {part}"
-      return
+  if family.encoder_decoder != (config.encoder is not None):
+    yield "an encoder" if family.encoder_decoder else "no encoder"
+    return
+  if family.vision != (config.vision is not None):
+    yield "a vision tower" if family.vision else "no vision tower"
+    return
   if not used <= set(family.mixers):
     yield f"mixers among {', '.join(family.mixers)} instead of {', '.join(sorted(used))}"
     return
