@@ -226,7 +226,7 @@ class HubConfig:
         )
       fields["factor"] = length / original
     if "truncate" in fields:
-      fields["truncate"] = bool(given.get("truncate", True))
+      fields["truncate"] = bool(given.values.get("truncate", True))
     for name in {"short_factors", "long_factors"} & set(fields):
       fields[name] = tuple(map(float, fields[name] or ()))
     # Zero stands for absent in released files.

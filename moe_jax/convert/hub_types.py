@@ -67,6 +67,7 @@ _KINDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     moe_layer_freq no_rope_layer_interval num_layers num_decoder_layers num_heads d_kv d_ff
     encoder_layers decoder_layers encoder_attention_heads decoder_attention_heads encoder_ffn_dim
     decoder_ffn_dim relative_attention_num_buckets relative_attention_max_distance
+    num_channels projector_input_dim projector_output_dim vision_output_dim
     max_position_embeddings attn_layer_period expert_layer_period mamba_d_conv mamba_d_state
     mamba_expand
     """,
@@ -81,6 +82,7 @@ _KINDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     original_max_position_embeddings intermediate_size intermediate_size_mlp moe_intermediate_size
     shared_expert_intermediate_size ffn_hidden_size n_group topk_group q_lora_rank sliding_window
     attention_chunk_size encoder_sparse_step expert_capacity attn_layer_offset expert_layer_offset
+    image_token_index image_token_id
     decoder_start_token_id pad_token_id num_nextn_predict_layers
     """,
   ),
@@ -93,6 +95,7 @@ _KINDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     attention_factor low_freq_factor high_freq_factor rms_norm_eps router_aux_loss_coef
     moe_loss_weight aux_loss_alpha routed_scaling_factor clip_qkv moe_normalize_expert_weights
     attention_multiplier embedding_multiplier logits_scaling residual_multiplier floor_scale
+    norm_eps pixel_shuffle_ratio
     attn_scale swiglu_limit swiglu_alpha router_jitter_noise
     router_z_loss_coef short_mscale long_mscale dropout dropout_rate layer_norm_epsilon
     moe_token_dropout
@@ -125,7 +128,8 @@ _KINDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     _is_section,
     "an object",
     """
-    rope_parameters rope_scaling quantization_config text_config attn_config ffn_config ffn_act_fn
+    text_config vision_config rope_parameters rope_scaling quantization_config attn_config
+    ffn_config ffn_act_fn
     """,
   ),
 )

@@ -39,7 +39,13 @@ def _words(hub: HubConfig) -> list[str]:
   """Returns the mixer of every layer: with rotary positions or without."""
   layers, interval = hub.get("num_hidden_layers"), hub.get("no_rope_layer_interval", 4)
   every = [(layer + 1) % interval != 0 for layer in range(layers)]
-  return [_ROTATED if each else _PLAIN for each in hub.each_layer("no_rope_layers", every)]
+  rotated = hub.get("no_rope_layers", []) or every
+  if len(rotated) < layers:
+    raise UserError(
+      f"{CONFIG_FILE} has {len(rotated)} no_rope_layers, expected num_hidden_layers = {layers}"
+    )
+  # The library's code reads the first entries of a longer list.
+  return [_ROTATED if each else _PLAIN for each in rotated[:layers]]
 
 
 def _chunks(hub: HubConfig) -> dict[str, int | None]:
