@@ -41,7 +41,7 @@ class DecoderCache:
 
 
 class Decoder(Stack):
-  """Pre-norm decoder of mixers and dense or expert feed-forwards.
+  """Decoder of mixers and dense or expert feed-forwards.
 
   With `encoder` in its config it is the decoder of `moe_jax.models.EncoderDecoder`, and its blocks
   look at an encoder's output too. With `vision` it reads images: their tokens take the place of
