@@ -37,7 +37,7 @@ _EVERY_OTHER_LAYER = "attention:dense attention:moe attention:dense global_atten
 _HEADS = dict(num_heads=40, num_kv_heads=8, head_dim=128)
 _IMAGE_TOKEN = 200_092
 
-VARIANTS = {
+_WITH_TOWER = {
   "tiny_vision": dict(
     model=dict(model_dim=32, segments=((_EVERY_OTHER_LAYER, 1),)),
     heads=dict(num_heads=4, num_kv_heads=2, head_dim=8),
@@ -93,13 +93,17 @@ VARIANTS = {
   ),
 }
 
-# The same without the tower.
-for _name, _whole in {
-  "tiny": "tiny_vision",
-  "scout_text": "scout",
-  "maverick_text": "maverick",
-}.items():
-  VARIANTS[_name] = {**VARIANTS[_whole], "vision": None}
+
+def _without_tower(name: str) -> dict:
+  return {**_WITH_TOWER[name], "vision": None}
+
+
+VARIANTS = {
+  "tiny": _without_tower("tiny_vision"),
+  **_WITH_TOWER,
+  "scout_text": _without_tower("scout"),
+  "maverick_text": _without_tower("maverick"),
+}
 
 
 def get_config(variant: str = "tiny") -> config_dict.ConfigDict:

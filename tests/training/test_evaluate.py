@@ -39,7 +39,9 @@ def experiment(batch_size, train, evaluation):
 def evaluator(*settings):
   """Returns an evaluator on the held-out records of an `experiment`."""
   records = [{name: a[i] for name, a in held_out().items()} for i in range(RECORDS)]
-  return Evaluator(experiment(*settings), types.SimpleNamespace(heldout=records, heldout_bytes=100))
+  targets = sum(int(record["loss_mask"].sum()) for record in records)
+  data = types.SimpleNamespace(heldout=records, heldout_bytes=100, heldout_targets=targets)
+  return Evaluator(experiment(*settings), data)
 
 
 @pytest.fixture(scope="module")

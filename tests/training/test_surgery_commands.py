@@ -143,7 +143,7 @@ def test_a_checkpoint_of_the_hub_is_the_source_of_a_run_of_defaults(tmp_path):
   config = family_in(settings).read(settings).dropless()
   model = Decoder(config, key=jax.random.key(0))
   save_pretrained(model, config, tmp_path / "hub")
-  source = read_source(SimpleNamespace(workdir=None, checkpoint=tmp_path / "hub"))
+  source = read_source(SimpleNamespace(workdir=None, step=None, checkpoint=tmp_path / "hub"))
   assert source.config.model == config and source.config.data == DataConfig()
   assert int(source.state.step) == 0 and source.place is None
   for path, array in leaves_of(nnx.state(model)).items():
@@ -163,7 +163,7 @@ def test_a_folder_that_cannot_be_finished_leaves_nothing(tmp_path, monkeypatch):
 
 REFUSED = {
   "'upcyle' is no operation of moe-jax convert; did you mean upcycle?": ["upcyle"],
-  "source; neither was given": ["upcycle"],
+  "--checkpoint=DIR; neither was given": ["upcycle"],
   "has experts already": ["upcycle", "--workdir={sparse}"],
   "has no experts": ["prune", "--workdir={dense}", "--num_experts=1"],
   "takes --num_experts=N, how many of each layer stay, or --drop=IDS": ["prune"],
