@@ -6,6 +6,7 @@ are merged by the tests' names, each with the commit and the versions that it ra
 
 import collections
 import json
+import os
 import platform
 import re
 from importlib.metadata import version
@@ -55,7 +56,9 @@ class FullReport:
     }
     if report.failed:
       message = getattr(report.longrepr, "reprcrash", report.longrepr)
-      results[report.nodeid]["failure"] = str(message)[:4000]
+      # Paths of one machine tell no reader anything.
+      text = str(message).replace(f"{Path.cwd()}{os.sep}", "")
+      results[report.nodeid]["failure"] = text[:4000]
     results = dict(sorted(results.items()))
     self.results.write_text(json.dumps(results, indent=1) + "\n")
     self.summary.write_text(rendered(results))
