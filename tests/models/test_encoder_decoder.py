@@ -296,6 +296,14 @@ def test_calls_that_lack_their_other_half_are_refused():
     decoder_of_a_pair()(jnp.asarray(TOKENS))
   with pytest.raises(UserError, match="belong together"):
     random_model(T5)(TOKENS, DECODER_TOKENS, segment_ids=np.ones_like(TOKENS))
+  with pytest.raises(UserError, match="has 2 rows; expected 3"):
+    random_model(T5)(TOKENS[:2], DECODER_TOKENS)
+  encoded = random_model(T5).encode(TOKENS)
+  with pytest.raises(UserError, match="has 3 rows; expected 2"):
+    random_model(T5).decoder.init_cache(2, 4, encoded)
+  packed = dataclasses.replace(encoded, segment_ids=jnp.ones(TOKENS.shape, jnp.int32))
+  with pytest.raises(UserError, match="packed sequences"):
+    decoder_of_a_pair()(jnp.asarray(DECODER_TOKENS), encoded=packed)
   with pytest.raises(UserError, match="no encoder"):
     generate(random_model(tiny_config()), TOKENS, 1, decoder_tokens=DECODER_TOKENS)
   with pytest.raises(UserError, match="2 rows; expected 3"):
