@@ -55,9 +55,11 @@ def check_replay(config: ModelConfig, trace: RoutingTrace) -> ModelConfig:
   """Returns the config that forces a trace's experts on the parameters of a model of `config`.
 
   Raises:
-    UserError: a trace that does not fit the model, tokens outside its vocabulary, or a router that
-      cannot weigh experts that another one selected.
+    UserError: a trace that does not fit the model, tokens outside its vocabulary, a router that
+      cannot weigh experts that another one selected, or an encoder-decoder.
   """
+  if config.encoder is not None:
+    raise UserError("an encoder-decoder replays no trace: traces are of decoders alone")
   layers = len(config.moe_layers())
   if not layers or len(trace.layers) != layers:
     raise UserError(

@@ -183,6 +183,8 @@ def _left_after(texts: Sequence[str], source: Source) -> Layers:
       layer, colon, listed = text.partition(":")
       if not (colon and layer.isdecimal()):
         raise UserError(f"--drop={text} is refused: expected LAYER:IDS in each, such as 1:0,3")
+      if int(layer) in by_layer:
+        raise UserError(f"--drop names layer {int(layer)} twice; name all of its experts at once")
       by_layer[int(layer)] = _ids(listed)
     if sorted(by_layer) != numbers:
       raise UserError(

@@ -164,7 +164,8 @@ class ModelConfig:
     """Refuses a block without its section, and a section without its block."""
     blocks = [block for segment in self.parsed_segments() for block in segment.pattern]
     words = {word for block in blocks for word in block}
-    words |= {word for block in self._encoder_layers() for word in block}
+    # An encoder's mixer is `EncoderConfig.attention`; the feed-forwards are those of both.
+    words |= {word for block in self._encoder_layers() for word in block[1:]}
     if self.global_attention and self.global_attention.relative_bias_shared:
       raise UserError(
         "global_attention.relative_bias_shared = True is refused: only the mixer attention shares"

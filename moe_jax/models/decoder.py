@@ -220,7 +220,7 @@ class Decoder(Stack):
 
     It is empty but for the keys and values of an encoder's output, which are made here, once.
     """
-    self._check_encoded(encoded)
+    self._check_encoded(encoded, batch_size)
     caches, mask = self.empty_caches(batch_size, num_slots), None
     if encoded is not None:
       mask = encoded.mask
@@ -229,7 +229,12 @@ class Decoder(Stack):
     return DecoderCache(caches, jnp.zeros((batch_size, num_slots), bool), jnp.int32(0), mask)
 
   def _contexts(self, places: Places, encoded: Encoded | None) -> dict[str, Context]:
-    self._check_encoded(encoded)
+    self._check_encoded(encoded, places.query_positions.shape[0])
+    if encoded is not None and encoded.segment_ids is not None and places.segment_ids is None:
+      raise UserError(
+        "the encoder's output is of packed sequences and segment_ids is None: give the segments of"
+        " the decoder's tokens too"
+      )
     contexts = self.contexts(places)
     if encoded is not None:
       mask = _to_all(encoded.mask, places.query_positions.shape[1])
@@ -291,13 +296,18 @@ class Decoder(Stack):
         "training this model draws random numbers: key = None was given, a jax.random.key is needed"
       )
 
-  def _check_encoded(self, encoded: Encoded | None) -> None:
+  def _check_encoded(self, encoded: Encoded | None, rows: int) -> None:
     if (encoded is None) != (self.config.encoder is None):
       given = (
         "no encoder's output was given" if encoded is None else "an encoder's output was given"
       )
       has = "none" if self.config.encoder is None else "one"
       raise UserError(f"the model's config has {has} and {given}: expected both or neither")
+    if encoded is not None and encoded.hidden.shape[0] != rows:
+      raise UserError(
+        f"the encoder's output has {encoded.hidden.shape[0]} rows; expected {rows}, those of the"
+        " decoder's tokens"
+      )
 
   def _check_router_inputs(self, inputs: RouterInputs, train: bool) -> None:
     further = train and self.config.mtp_depth

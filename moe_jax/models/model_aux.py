@@ -25,6 +25,7 @@ class ModelAux:
     weighted_loss: float32 scalar, the sum over layers of coefficient * loss: the term added to the
       objective (Switch, arXiv 2101.03961 section 2.2: "for each Switch layer"). Some code bases
       take the mean over layers instead: divide the coefficients by the number of MoE layers.
+    weighted_losses: list of the same of every MoE layer alone.
     metrics: float32 means over layers; per layer see `plans[i].metrics`.
     depths: list of `DepthAux`, one a depth block in order.
     mtp_logits: list of (B, L, V) float32, in training one for each depth k = 1, 2, ... of
@@ -35,6 +36,7 @@ class ModelAux:
   plans: list[RoutingPlan | DensePlan]
   losses: dict[str, jax.Array]
   weighted_loss: jax.Array
+  weighted_losses: list[jax.Array]
   metrics: dict[str, jax.Array]
   depths: list[DepthAux]
   mtp_logits: list[jax.Array]
@@ -56,7 +58,8 @@ def make_aux(
     metrics |= _mean([{f"depth_{n}": m for n, m in d.metrics.items()} for d in depths])
     weighted += config.depth.loss_weight * sum(each.loss for each in depths)
   logits = [record.router_logits for record in records]
-  return ModelAux(logits, plans, losses, weighted, metrics, depths, list(mtp_logits))
+  of_layers = [record.weighted_loss for record in records]
+  return ModelAux(logits, plans, losses, weighted, of_layers, metrics, depths, list(mtp_logits))
 
 
 def _mean(layers: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:

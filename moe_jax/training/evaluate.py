@@ -5,10 +5,12 @@ import math
 from collections.abc import Callable
 
 import jax
+import numpy as np
 from flax import nnx
 
 from moe_jax.data.builders import PreparedData
 from moe_jax.data.loader import eval_batches
+from moe_jax.errors import UserError
 from moe_jax.models import ModelConfig
 from moe_jax.training.config import ExperimentConfig
 from moe_jax.training.step import make_eval_step
@@ -33,12 +35,17 @@ class EvalResult:
 
 
 class Evaluator:
-  """Evaluates `TrainState.model` on the held-out split, dropless and at the training capacity."""
+  """Evaluates `TrainState.model` on the held-out split, dropless and at the training capacity.
+
+  Raises:
+    UserError: held-out records of which an encoder-decoder would predict nothing.
+  """
 
   def __init__(self, config: ExperimentConfig, data: PreparedData):
     self._data = data
     self._batch_size = config.eval.batch_size or config.batch_size // config.accumulation_steps
     self._pairs = config.pair_maker
+    self._check_targets(config.data.sequence_length)
     self._dropless = make_eval_step(config.model.dropless())
     self._at_capacity = None
     if config.model.moe is not None:
@@ -66,6 +73,17 @@ class Evaluator:
       bits_per_byte=total["nll"] / math.log(2) / self._predicted_bytes(total["targets"]),
       dropped_fraction=total["dropped"] / max(total["asked"], 1.0),
     )
+
+  def _check_targets(self, length: int) -> None:
+    """Refuses records so long that the second half of each is padding."""
+    if self._pairs is None:
+      return
+    records, rng = self._data.heldout, np.random.default_rng(0)
+    if not any(self._pairs(records[i], rng)["loss_mask"].any() for i in range(len(records))):
+      raise UserError(
+        f"data.sequence_length = {length} is refused: the held-out text fills no record so far that"
+        " a pair of it has something to predict; take shorter records"
+      )
 
   def _predicted_bytes(self, targets: float) -> float:
     """Returns the bytes of held-out text behind so many targets: a decoder's are all there are."""

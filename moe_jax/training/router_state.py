@@ -1,5 +1,7 @@
 """Router state over training steps: the rules of `moe_jax.moe.balance`, applied to every layer."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,14 +14,17 @@ from moe_jax.training.layer_metrics import LayerMetrics, load_counts
 
 
 def update_router_state(
-  router_state: nnx.State, layers: list[LayerMetrics], tokens: jax.Array, config: ModelConfig
+  router_state: nnx.State,
+  layers: list[LayerMetrics],
+  tokens: Sequence[jax.Array],
+  config: ModelConfig,
 ) -> nnx.State:
   """Returns the router state after a step.
 
   Args:
     router_state: the `RouterState` variables, stacked over a segment's repeats.
     layers: the metrics of the whole step, one record for each MoE layer.
-    tokens: scalar, the real tokens of the step.
+    tokens: the real tokens of the step that each MoE layer saw.
     config: the model.
   """
   flat = dict(nnx.to_flat_state(router_state))
@@ -27,7 +32,8 @@ def update_router_state(
     rows = [layers[layer] for layer in stack.layers]
     step = jax.tree.map(lambda *a: jnp.stack(a), *rows)
     # Not the metric experts_per_token: what capacity dropped is no matter of the router's sparsity.
-    step["experts_asked"] = step["assignments"] / jnp.maximum(tokens, 1)
+    seen = jnp.stack([tokens[layer] for layer in stack.layers])
+    step["experts_asked"] = step["assignments"] / jnp.maximum(seen, 1)
     for name, rule in _RULES.items():
       path = (*stack.path, "router", name)
       if path in flat:

@@ -18,9 +18,11 @@ from moe_jax.training.microbatches import (
   Batch,
   Microbatches,
   Share,
+  by_layer,
   cut,
-  num_places,
+  num_places_by_layer,
   real_tokens,
+  real_tokens_by_layer,
   sum_over,
 )
 from moe_jax.training.optimizer import learning_rate_schedule
@@ -106,11 +108,11 @@ def make_train_step(
 
   The language-model loss is the mean over all targets of the batch, however it is cut into
   microbatches. Router losses are means over a microbatch, and are averaged over microbatches
-  weighted by the tokens they count: so those that are means over tokens (z-loss, and load balance
-  under `balance_scope = global_batch`) are exactly those of the whole batch. Router state is
-  updated once, from what the whole step routed. The loss of multi-token prediction is divided by
-  all targets too, as in its paper. Metrics are those of the whole step: ratios of
-  sums, not means of ratios; those of router state are read after its update.
+  weighted by the tokens they count, an encoder's by its own: so those that are means over tokens
+  (z-loss, and load balance under `balance_scope = global_batch`) are exactly those of the whole
+  batch. Router state is updated once, from what the whole step routed. The loss of multi-token
+  prediction is divided by all targets too, as in its paper. Metrics are those of the whole step:
+  ratios of sums, not means of ratios; those of router state are read after its update.
   """
   graph = model_graph(config.model)
   schedule = learning_rate_schedule(config.optimizer, config.steps)
@@ -121,7 +123,9 @@ def make_train_step(
     nll, aux = token_nll(model, batch, train=True, key=key, router_inputs=inputs)
     loss, further = nll / num_targets, multi_token_nll(aux, batch) / num_targets
     total = loss + config.model.mtp_loss_weight * further + aux.weighted_loss * share.losses
-    return total, _summands(loss, aux, share) | {"mtp_loss": further}
+    shares = by_layer(config.model, share, share.encoder)
+    total += _owed_to_encoder(aux.weighted_losses, shares, share)
+    return total, _summands(loss, aux, shares, share) | {"mtp_loss": further}
 
   def gradient(state: TrainState, batch: Batch, parts: Microbatches):
     num_targets = jnp.maximum(jnp.sum(batch["loss_mask"]), 1)
@@ -138,18 +142,19 @@ def make_train_step(
     layers = [ratios(layer) for layer in summed["layers"]]
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    tokens = real_tokens(batch)
+    tokens = real_tokens_by_layer(batch, config.model)
     router_state = update_router_state(state.router_state, layers, tokens, config.model)
     window = count_load(state.repair, layers)
     state = TrainState(state.step + 1, params, router_state, opt_state, window)
     state = repair_cold_experts(state, optimizer, config)
+    places = num_places_by_layer(batch, config.model)
     metrics = {
       "loss": summed["loss"],
       **({"mtp_loss": summed["mtp_loss"]} if config.model.mtp_depth else {}),
       "grad_norm": optax.tree.norm(grads),
       "learning_rate": schedule(state.step - 1),
       **_depth_metrics(summed["depths"], config),
-      **_router_metrics(layers, summed["losses"], state, config, num_places(batch)),
+      **_router_metrics(layers, summed["losses"], state, config, places),
     }
     return state, metrics
 
@@ -195,23 +200,40 @@ def _global_load(graph: nnx.GraphDef, state: TrainState, parts: Microbatches) ->
   A forward pass of its own over all microbatches, with the random numbers of the one that
   follows: the price of f being known before the first gradient.
   """
-  model = state.model
+  variables = state.model
 
   def load(batch, key, share):
-    _, aux = run_batch(nnx.merge(graph, model), batch, train=True, key=key)
-    return jnp.stack([plan.metrics["balance_load"] * share.losses for plan in aux.plans])
+    model = nnx.merge(graph, variables)
+    _, aux = run_batch(model, batch, train=True, key=key)
+    shares = by_layer(model.config, share, share.encoder)
+    loads = zip(aux.plans, shares, strict=True)
+    return jnp.stack([plan.metrics["balance_load"] * own.losses for plan, own in loads])
 
   return sum_over(load, parts)
 
 
-def _summands(loss: jax.Array, aux: ModelAux, share: Share) -> dict:
-  """Returns what is summed over microbatches."""
+def _summands(loss: jax.Array, aux: ModelAux, shares: list[Share], share: Share) -> dict:
+  """Returns what is summed over microbatches; `shares` has one a MoE layer."""
+  losses = _scaled(aux.losses, share.losses)
+  for name in aux.plans[0].losses if aux.plans else ():
+    of_layers = [plan.losses[name] for plan in aux.plans]
+    losses[name] += _owed_to_encoder(of_layers, shares, share) / len(aux.plans)
   return {
     "loss": loss,
-    "losses": _scaled(aux.losses, share.losses),
-    "layers": [summands(plan.metrics, share) for plan in aux.plans],
+    "losses": losses,
+    "layers": [summands(p.metrics, own) for p, own in zip(aux.plans, shares, strict=True)],
     "depths": [_scaled({"loss": each.loss, **each.metrics}, share.tokens) for each in aux.depths],
   }
+
+
+def _owed_to_encoder(losses: list[jax.Array], shares: list[Share], share: Share) -> jax.Array:
+  """Returns what a sum over MoE layers lacks that weighs an encoder's as its decoder's."""
+  owed = (
+    loss * (own.losses - share.losses)
+    for loss, own in zip(losses, shares, strict=True)
+    if own is not share
+  )
+  return sum(owed, jnp.float32(0.0))
 
 
 def _scaled(metrics: Metrics, factor: jax.Array) -> Metrics:
@@ -232,13 +254,15 @@ def _router_metrics(
   losses: Metrics,
   state: TrainState,
   config: ExperimentConfig,
-  num_tokens: int,
+  num_tokens: list[int],
 ) -> Metrics:
   """Names a step's router metrics: by layer, and means over layers; nothing without layers."""
   if not layers:
     return {}
   routing, weights = config.model.moe.routing, loss_weights(config.model.moe.routing)
-  floor = jnp.float32(max_violation_floor(num_tokens * routing.top_k, routing.num_experts))
+  floors = [
+    jnp.float32(max_violation_floor(n * routing.top_k, routing.num_experts)) for n in num_tokens
+  ]
   metrics = {
     _LOSS_NAMES[name]: value
     for name, value in losses.items()
@@ -247,7 +271,9 @@ def _router_metrics(
   logged = [
     {name: value for name, value in layer.items() if name not in _NOT_LOGGED}
     | {"max_violation_floor": floor, **own}
-    for layer, own in zip(layers, state_metrics(state.router_state, config.model), strict=True)
+    for layer, floor, own in zip(
+      layers, floors, state_metrics(state.router_state, config.model), strict=True
+    )
   ]
   for index, layer in zip(config.model.moe_layers(train=True), logged, strict=True):
     metrics.update({f"moe/layer_{index}/{name}": value for name, value in layer.items()})

@@ -13,7 +13,8 @@ from moe_jax.analysis.counterfactual import counterfactual, part_of
 from moe_jax.analysis.replay import check_replay, join_traces, replayed_loss
 from moe_jax.analysis.routing_trace import record_routing
 from moe_jax.errors import UserError
-from moe_jax.models import Decoder
+from moe_jax.layers.attention_config import AttentionConfig
+from moe_jax.models import Decoder, EncoderConfig
 from moe_jax.moe import RouterInputs
 
 CONFIG = tiny_config()
@@ -139,6 +140,19 @@ def test_joined_traces_hold_all_rows_in_order():
   for i, layer in enumerate(joined.layers):
     assert layer.expert.shape == (5, 7, 2)
     np.testing.assert_array_equal(layer.expert[3:], second.layers[i].expert)
+
+
+def test_an_encoder_decoder_replays_nothing():
+  attention = AttentionConfig(2, 2, 4, positions="none")
+  segments = (("attention:moe", 1),)
+  pair = tiny_config(
+    segments=segments,
+    encoder=EncoderConfig(segments, attention),
+    cross_attention=attention,
+  )
+  assert len(pair.moe_layers()) == len(CONFIG.moe_layers())
+  with pytest.raises(UserError, match="of decoders alone"):
+    check_replay(pair, trace_of())
 
 
 def test_a_trace_of_another_shape_of_model_is_refused():

@@ -24,6 +24,7 @@ from tiny_models import (
 from moe_jax import generate
 from moe_jax.errors import UserError
 from moe_jax.layers.attention_config import AttentionConfig
+from moe_jax.layers.mamba_config import MambaConfig
 from moe_jax.models import EncoderConfig, PositionEmbedding
 from moe_jax.models.config import NormPlacement
 
@@ -250,6 +251,16 @@ def test_own_embedding_is_the_encoders_alone():
   assert relative_error(forward(graph, params, TOKENS, DECODER_TOKENS), before) > CHANGED
 
 
+def test_a_decoder_without_attention_needs_no_section_for_it():
+  recurrent = dict(segments=(("mamba:dense mamba:moe", 1),), mamba=MambaConfig(8, 2))
+  config = dataclasses.replace(POST, attention=None, **recurrent)
+  logits = run(config, TOKENS, DECODER_TOKENS, token_mask=MASK)
+  cached = generate(random_model(config), TOKENS, 3, token_mask=MASK)
+  uncached = generate(random_model(config), TOKENS, 3, token_mask=MASK, use_cache=False)
+  assert np.isfinite(logits).all()
+  np.testing.assert_array_equal(cached, uncached)
+
+
 REFUSED = {
   "encoder is given alone": dict(cross_attention=None),
   "cross_attention is given alone": dict(encoder=None),
@@ -260,6 +271,9 @@ REFUSED = {
   ),
   "behind an encoder": dict(mtp_depth=1),
   "position_offset = 2 would be ignored": dict(position_offset=2),
+  "has no attention block, so attention would be ignored": dict(
+    segments=(("mamba:dense mamba:moe", 1),), mamba=MambaConfig(8, 2)
+  ),
 }
 
 
@@ -296,6 +310,14 @@ def test_calls_that_lack_their_other_half_are_refused():
     decoder_of_a_pair()(jnp.asarray(TOKENS))
   with pytest.raises(UserError, match="belong together"):
     random_model(T5)(TOKENS, DECODER_TOKENS, segment_ids=np.ones_like(TOKENS))
+  with pytest.raises(UserError, match="has 2 rows; expected 3"):
+    random_model(T5)(TOKENS[:2], DECODER_TOKENS)
+  encoded = random_model(T5).encode(TOKENS)
+  with pytest.raises(UserError, match="has 3 rows; expected 2"):
+    random_model(T5).decoder.init_cache(2, 4, encoded)
+  packed = dataclasses.replace(encoded, segment_ids=jnp.ones(TOKENS.shape, jnp.int32))
+  with pytest.raises(UserError, match="packed sequences"):
+    decoder_of_a_pair()(jnp.asarray(DECODER_TOKENS), encoded=packed)
   with pytest.raises(UserError, match="no encoder"):
     generate(random_model(tiny_config()), TOKENS, 1, decoder_tokens=DECODER_TOKENS)
   with pytest.raises(UserError, match="2 rows; expected 3"):

@@ -9,6 +9,7 @@ from fast_compilation import compile_fast  # noqa: F401
 from training import tiny
 from training.steps import initial_state, make_batch
 
+from moe_jax.errors import UserError
 from moe_jax.training.evaluate import Evaluator, at_training_capacity
 from moe_jax.training.step import make_eval_step
 
@@ -65,6 +66,20 @@ def test_evaluation_at_the_training_capacity_drops_as_training_does(model):
   ample = evaluator(RECORDS, AMPLE, TIGHT).at_training_capacity(model)
   assert tight.dropped_fraction > 0.2
   assert ample.dropped_fraction == 0
+
+
+def test_records_whose_second_halves_are_padding_are_refused():
+  attention = dict(num_heads=2, num_kv_heads=2, head_dim=8, positions="none")
+  segments = (("attention:moe", 1),)
+  config = tiny.experiment(
+    objective__kind="second_half",
+    model__segments=segments,
+    model__encoder=dict(segments=segments, attention=attention),
+    model__cross_attention=attention,
+  )
+  record = {name: a[0] for name, a in held_out().items()}
+  with pytest.raises(UserError, match="sequence_length = 32 is refused"):
+    Evaluator(config, types.SimpleNamespace(heldout=[record]))
 
 
 def test_drops_are_counted_over_all_batches(model):

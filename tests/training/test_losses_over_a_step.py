@@ -1,5 +1,7 @@
 """Router losses and metrics of a step do not depend on how it is cut, where they claim so."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +10,11 @@ import pytest
 from comparison import relative_error
 from fast_compilation import compile_fast  # noqa: F401
 from training.balanced_steps import experiment, first_step, router_gradient
-from training.steps import make_batch
+from training.steps import make_batch, one_step
 from training.test_router_state import CUT
 
 from moe_jax.moe import RoutingConfig, route
+from moe_jax.moe.metrics import max_violation_floor
 from moe_jax.training.layer_metrics import ratios, summands
 from moe_jax.training.microbatches import cut, sum_over
 from moe_jax.training.state import abstract_state
@@ -110,3 +113,48 @@ def test_soft_moe_has_no_balance_loss_to_log():
   soft = dict(moe__selection="soft", moe__dispatch="einsum", moe__overflow="drop")
   logged = names(**soft, moe__capacity=2, moe__balance_loss_weight=0.0)
   assert "z_loss" in logged and "aux_loss" not in logged
+
+
+def pairs(**fields):
+  """Returns a small encoder-decoder with experts in both parts, balanced over whole steps."""
+  attention = dict(num_heads=2, num_kv_heads=2, head_dim=8, positions="none")
+  segments = (("attention:moe", 1),)
+  return experiment(
+    objective__kind="second_half",
+    model__segments=segments,
+    model__encoder=dict(segments=segments, attention=attention),
+    model__cross_attention=attention,
+    moe__balance_scope="global_batch",
+    optimizer__clip_norm=0.0,
+    **fields,
+  )
+
+
+def uneven_pairs():
+  """Returns pairs of which the first two have little in the decoder, and all in the encoder."""
+  batch = make_batch()
+  source = np.arange(32) < np.array([32, 30, 6, 9])[:, None]
+  own = np.arange(32) < np.array([3, 5, 32, 32])[:, None]
+  batch |= {"source_tokens": batch["targets"], "source_segment_ids": source.astype(np.int32)}
+  return batch | {"segment_ids": own.astype(np.int32), "loss_mask": own.astype(np.int32)}
+
+
+def test_an_encoders_losses_weigh_microbatches_by_its_own_tokens():
+  config, batch = pairs(), uneven_pairs()
+  _, whole_metrics = one_step(config, batch)
+  _, metrics = one_step(dataclasses.replace(config, accumulation_steps=2), batch)
+  for name in ("loss", "aux_loss", "z_loss", "grad_norm", "moe/layer_0/router_confidence"):
+    assert relative_error(metrics[name], whole_metrics[name]) < 1e-5, name
+
+
+def test_a_layer_of_a_pair_is_measured_by_the_tokens_it_sees():
+  asks = dict(selection="positive", score="relu", top_k=1, adaptive_target=1.0, num_experts=4)
+  config = pairs(**{f"moe__{name}": value for name, value in asks.items()})
+  batch = uneven_pairs()
+  state, metrics = one_step(config, batch)
+  for layer, field, part in ((0, "source_segment_ids", "encoder"), (1, "segment_ids", "decoder")):
+    own = f"moe/layer_{layer}/"
+    assert metrics[own + "max_violation_floor"] == np.float32(max_violation_floor(4 * 32, 4))
+    above = metrics[own + "assignments"] > batch[field].sum()
+    (scale,) = jax.tree.leaves(state.router_state[part])
+    np.testing.assert_allclose(scale, [1.2 if above else 1 / 1.2], rtol=1e-6)

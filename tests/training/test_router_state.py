@@ -75,7 +75,7 @@ def test_the_coefficient_of_a_variable_router_follows_what_tokens_ask_for():
     {"assignments": jnp.float32(30), "max_violation": jnp.float32(0)},
     {"assignments": jnp.float32(10), "max_violation": jnp.float32(9)},
   ]
-  new = update_router_state(fake_state(config), layers, jnp.int32(10), config.model)
+  new = update_router_state(fake_state(config), layers, [jnp.int32(10)] * 2, config.model)
   (scale,) = jax.tree.leaves(new)
   np.testing.assert_allclose(scale, [1.2, 1 / 1.2], rtol=1e-6)
 
@@ -84,7 +84,7 @@ def test_quantile_bias_becomes_the_target_of_a_step_with_tokens():
   config = experiment(moe__bias_update="quantile")
   target = jnp.arange(4.0)
   layers = [{"assignments": jnp.float32(n), "bias_target": target} for n in (0, 10)]
-  new = update_router_state(fake_state(config), layers, jnp.int32(10), config.model)
+  new = update_router_state(fake_state(config), layers, [jnp.int32(10)] * 2, config.model)
   np.testing.assert_array_equal(jax.tree.leaves(new)[0], [np.ones(4), target])
 
 

@@ -171,6 +171,26 @@ REFUSED = {
   "expected 1 to 3": ["merge", "--workdir={sparse}", "--num_experts=4"],
   "the model has 4; expected more": ["grow", "--workdir={sparse}", "--num_experts=4"],
   "expert 7 does not exist": ["prune", "--workdir={sparse}", "--drop=7"],
+  "names layer 0 twice": ["prune", "--workdir={sparse}", "--drop=0:1", "--drop=0:2"],
+  "noise = nan is refused": [
+    *("grow", "--workdir={sparse}", "--num_experts=5", "--noise=nan", "--set=steps=4"),
+  ],
+  "router_std = 0.0 is refused": [
+    *("grow", "--workdir={sparse}", "--num_experts=5", "--init=fresh", "--set=steps=4"),
+    "--router_std=0",
+  ],
+  "num_experts = 5 is refused: the operation makes 6": [
+    *("grow", "--workdir={sparse}", "--num_experts=6", "--init=fresh", "--set=steps=4"),
+    "--set=moe.num_experts=5",
+  ],
+  "changes feed-forwards alone": [
+    *("prune", "--workdir={sparse}", "--num_experts=3", "--by=norm", "--set=steps=4"),
+    "--set=model.segments=(('attention:moe', 2),)",
+  ],
+  "mtp_depth = 1 is refused": [
+    *("prune", "--workdir={sparse}", "--num_experts=3", "--by=norm", "--set=steps=4"),
+    "--set=model.mtp_depth=1",
+  ],
   "expected ids of experts": ["prune", "--workdir={sparse}", "--drop=a"],
   "names the layers [1]; expected [0]": ["prune", "--workdir={sparse}", "--drop=1:1"],
   "--by=size is not one of usage, norm": [

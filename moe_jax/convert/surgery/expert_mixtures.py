@@ -5,6 +5,7 @@ column of the router goes with it.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
@@ -171,13 +172,28 @@ def expert_operation(
     router_std: of the columns of experts drawn anew.
 
   Raises:
-    UserError: another number of layers than the model has.
+    UserError: another number of layers, or of experts in a layer, than the model has, or a
+      `router_std` or noise that no normal distribution has.
   """
   numbers = layers_of(source, "moe")
   if len(layers) != len(numbers):
     raise UserError(f"experts are given for {len(layers)} layers; the model has {len(numbers)}")
+  _check_draws(target, layers, router_std)
   edits = {
     layer: ExpertMixtures(target, tuple(new), router_std, jax.random.fold_in(key, layer))
     for layer, new in zip(numbers, layers, strict=True)
   }
   return Operation(source, target, edits)
+
+
+def _check_draws(target: ModelConfig, layers: Sequence[Sequence[NewExpert]], std: float) -> None:
+  experts = target.moe.routing.num_experts
+  if (made := len(layers[0])) != experts:
+    raise UserError(
+      f"num_experts = {experts} is refused: the operation makes {made} experts of a layer"
+    )
+  for new in layers[0]:
+    if not 0 <= new.noise < math.inf:
+      raise UserError(f"noise = {new.noise} is refused: it must be 0 or greater and finite")
+  if not 0 < std < math.inf:
+    raise UserError(f"router_std = {std} is refused: it must be greater than 0 and finite")

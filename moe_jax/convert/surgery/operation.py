@@ -61,6 +61,7 @@ class Operation:
     Raises:
       UserError: the target's config asks for other arrays than the operation makes.
     """
+    self._check_blocks()
     trees = take_apart(leaves, self.source)
     for layer, edit in self.edits.items():
       trees.layers[layer] = _edit_layer(trees.layers[layer], edit, role)
@@ -68,6 +69,18 @@ class Operation:
     if role is Role.VALUE:
       _check_shapes(made, self.target)
     return made
+
+  def _check_blocks(self) -> None:
+    """Refuses a target with other blocks, which would lose layers or ask for some that are not."""
+    old, new = layer_kinds(self.source), layer_kinds(self.target)
+    edited = [kind[:1] + kind[2:] if i in self.edits else kind for i, kind in enumerate(old)]
+    found = [kind[:1] + kind[2:] if i in self.edits else kind for i, kind in enumerate(new)]
+    if found != edited:
+      raise UserError(
+        f"segments = {self.target.segments} with mtp_depth = {self.target.mtp_depth} is refused:"
+        f" the source has segments = {self.source.segments} with mtp_depth ="
+        f" {self.source.mtp_depth}, and the operation changes feed-forwards alone"
+      )
 
 
 def _edit_layer(layer: Leaves, edit: FeedForwardEdit, role: Role) -> Leaves:
