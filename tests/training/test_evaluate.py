@@ -69,14 +69,7 @@ def test_evaluation_at_the_training_capacity_drops_as_training_does(model):
 
 
 def test_records_whose_second_halves_are_padding_are_refused():
-  attention = dict(num_heads=2, num_kv_heads=2, head_dim=8, positions="none")
-  segments = (("attention:moe", 1),)
-  config = tiny.experiment(
-    objective__kind="second_half",
-    model__segments=segments,
-    model__encoder=dict(segments=segments, attention=attention),
-    model__cross_attention=attention,
-  )
+  config = tiny.pair_experiment()
   record = {name: a[0] for name, a in held_out().items()}
   with pytest.raises(UserError, match="sequence_length = 32 is refused"):
     Evaluator(config, types.SimpleNamespace(heldout=[record]))

@@ -9,6 +9,7 @@ import optax
 import pytest
 from comparison import relative_error
 from fast_compilation import compile_fast  # noqa: F401
+from training import tiny
 from training.balanced_steps import experiment, first_step, router_gradient
 from training.steps import make_batch, one_step
 from training.test_router_state import CUT
@@ -116,18 +117,9 @@ def test_soft_moe_has_no_balance_loss_to_log():
 
 
 def pairs(**fields):
-  """Returns a small encoder-decoder with experts in both parts, balanced over whole steps."""
-  attention = dict(num_heads=2, num_kv_heads=2, head_dim=8, positions="none")
-  segments = (("attention:moe", 1),)
-  return experiment(
-    objective__kind="second_half",
-    model__segments=segments,
-    model__encoder=dict(segments=segments, attention=attention),
-    model__cross_attention=attention,
-    moe__balance_scope="global_batch",
-    optimizer__clip_norm=0.0,
-    **fields,
-  )
+  """Returns a small dropless encoder-decoder, balanced over whole steps."""
+  whole = dict(moe__overflow="dropless", moe__balance_scope="global_batch")
+  return tiny.pair_experiment(**whole, optimizer__clip_norm=0.0, **fields)
 
 
 def uneven_pairs():

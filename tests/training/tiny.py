@@ -50,3 +50,13 @@ def command(workdir, variant: str = "moe", **overrides) -> list[str]:
     f"--workdir={workdir}",
     *(f"--config.{name}={value}" for name, value in chosen.items()),
   ]
+
+
+def pair_experiment(**overrides) -> ExperimentConfig:
+  """Returns a tiny encoder-decoder with experts in each of its two layers."""
+  attention = dict(num_heads=2, num_kv_heads=2, head_dim=8, positions="none")
+  segments = (("attention:moe", 1),)
+  pairs = mapping(model__segments=segments, **overrides) | {"objective": {"kind": "second_half"}}
+  encoder = dict(segments=segments, attention=attention)
+  pairs["model"] |= dict(encoder=encoder, cross_attention=attention)
+  return experiment_from(pairs)
