@@ -1,6 +1,7 @@
 """Prepared data sets: tokenised, packed, on disk once, read at random ever after.
 
-Works without TensorFlow: TFDS writes and reads array_record files.
+Each source has a folder of its own under `packed_text` of the data directory, whatever it is mixed
+with: shards of records, a manifest with their checksums, and the beginning of the text.
 """
 
 import contextlib
@@ -8,107 +9,75 @@ import dataclasses
 import fcntl
 import functools
 import hashlib
-import io
-import itertools
 import json
 import os
-import pathlib
-import shutil
-import sys
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
-import numpy as np
-import tensorflow_datasets as tfds
 from absl import logging
-from google.protobuf import json_format
 
 from moe_jax.data.config import DataConfig, check_local
-from moe_jax.data.corpus import Corpus, get_corpus, split_documents
-from moe_jax.data.packing import FIELDS, Packer, PackingCounts, Record, SpecialIds
-from moe_jax.data.splits import HELDOUT_EVERY, Split
+from moe_jax.data.documents import Source, open_source
+from moe_jax.data.files import MissingSourceError
+from moe_jax.data.ingest import JOURNAL_FILE, Ingest
+from moe_jax.data.manifest import MANIFEST_FILE, Manifest, damaged, read_manifest, write_manifest
+from moe_jax.data.mixture import Mixture
+from moe_jax.data.packing import PackingCounts, Record
+from moe_jax.data.progress import PreparationProgress
+from moe_jax.data.shards import Records
+from moe_jax.data.sources import SourceConfig, SourceKind
+from moe_jax.data.splits import HELDOUT_BYTES, HELDOUT_EVERY, Split
 from moe_jax.data.tokenizers import Tokenizer, get_tokenizer
 from moe_jax.errors import UserError
 
-# Raise it whenever the same corpus, tokenizer and length would give other records.
-BUILDER_VERSION = "1.0.0"
+# Raise it whenever the same source, tokenizer and length would give other records.
+FORMAT_VERSION = 2
+FOLDER = "packed_text"
+# What `prepare` makes on the way to something else; more takes a command of its own.
+_ON_THE_WAY_BYTES = 1 << 30
 
 
-@dataclasses.dataclass
-class PackedTextConfig(tfds.core.BuilderConfig):
-  """The part of a DataConfig that decides what the records hold."""
+@dataclasses.dataclass(frozen=True)
+class PreparedSource:
+  """The data set of one source: its folder, what it says of itself, its weight."""
 
-  corpus: str = ""
-  tokenizer: str = ""
-  sequence_length: int = 0
+  folder: Path
+  manifest: Manifest
+  weight: float
 
+  def records(self, split: Split) -> Records:
+    """Returns the records of a split."""
+    return Records(self.folder, self.manifest, split)
 
-class PackedText(tfds.core.GeneratorBasedBuilder):
-  """Documents of a registered corpus as packed records (see `packing`), in corpus order.
-
-  The metadata of the data set hold, for each split, the packing counts and `text_bytes`.
-  """
-
-  VERSION = tfds.core.Version(BUILDER_VERSION)
-  # Beside its code a TFDS builder keeps checksums of downloads. There are none here, and the search
-  # for them imports importlib_resources, which TFDS 4.9.10 uses but does not install.
-  code_path = None
-
-  def _info(self) -> tfds.core.DatasetInfo:
-    shape = (self.builder_config.sequence_length,)
-    field = tfds.features.Tensor(shape=shape, dtype=np.int32)
-    return tfds.core.DatasetInfo(
-      builder=self,
-      description=f"{self.builder_config.corpus} packed into records of {shape[0]} tokens.",
-      features=tfds.features.FeaturesDict({name: field for name in FIELDS}),
-      metadata=tfds.core.MetadataDict(),
-      disable_shuffling=True,  # Held-out batches follow the corpus; training shuffles on reading.
-    )
-
-  def _split_generators(
-    self, dl_manager: tfds.download.DownloadManager
-  ) -> dict[str, Iterator[tuple[int, Record]]]:
-    del dl_manager  # A corpus brings its own text.
-    return {split.value: self._generate_examples(split) for split in Split}
-
-  def _generate_examples(self, split: Split) -> Iterator[tuple[int, Record]]:
-    tokenizer = get_tokenizer(self.builder_config.tokenizer)
-    special = SpecialIds(tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
-    packer = Packer(self.builder_config.sequence_length, special)
-    text_bytes = 0
-
-    def encoded() -> Iterator[np.ndarray]:
-      nonlocal text_bytes
-      for document in split_documents(get_corpus(self.builder_config.corpus), split):
-        text = document.text.encode()
-        text_bytes += len(text)
-        yield tokenizer.encode(text)
-
-    yield from enumerate(packer.pack(encoded()))
-    counts = dataclasses.asdict(packer.counts)
-    self.info.metadata[split.value] = {**counts, "text_bytes": text_bytes}
+  def text(self, split: Split) -> bytes:
+    """Returns the beginning of the text of a split."""
+    (file,) = (file for file in self.manifest.texts if file.split == split)
+    return (self.folder / file.name).read_bytes()
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparedData:
-  """A prepared data set.
+  """A prepared data set, of one source or a mixture.
 
   Attributes:
-    train: records of the training documents; `len` and `[i]`, each a dict of (L,) int32 arrays.
-    heldout: records of the held-out documents.
+    sources: the data set of each source.
+    train: records of the training documents; `len` and `[i]`, each a dict of (L,) int32 arrays. A
+      `Mixture` where there are several sources.
+    heldout: records of the held-out documents, those of one source after another.
     tokenizer: what made the ids.
-    fingerprint: changes whenever the records do (corpus, tokenizer, L, builder version).
+    fingerprint: 64 hex digits that change whenever the records or the weights do, and only then.
     counts: what was packed, for each split.
     text_bytes: UTF-8 bytes of text in each split, separators and special tokens not counted.
-    corpus: the source of the documents.
   """
 
+  sources: tuple[PreparedSource, ...]
   train: Sequence[Record]
   heldout: Sequence[Record]
   tokenizer: Tokenizer
   fingerprint: str
   counts: Mapping[Split, PackingCounts]
   text_bytes: Mapping[Split, int]
-  corpus: Corpus
 
   @property
   def vocab_size(self) -> int:
@@ -127,104 +96,140 @@ class PreparedData:
 
   @functools.cached_property
   def train_text(self) -> bytes:
-    """The training documents in UTF-8, joined by newlines; read from the corpus on first use."""
+    """The training documents in UTF-8, joined by newlines; of a source at most 16 MiB."""
     return self._text(Split.TRAIN)
 
   @functools.cached_property
   def heldout_text(self) -> bytes:
-    """The held-out documents in UTF-8, joined by newlines; read from the corpus on first use."""
+    """The held-out documents in UTF-8, joined by newlines; of a source at most 16 MiB."""
     return self._text(Split.HELDOUT)
 
   def _text(self, split: Split) -> bytes:
-    return b"\n".join(document.text.encode() for document in split_documents(self.corpus, split))
+    return b"\n".join(source.text(split) for source in self.sources)
 
 
-def fingerprint(config: DataConfig) -> str:
-  """Returns 64 hex digits that change whenever the records do; `data_dir` plays no part."""
-  parts = {
-    "corpus": get_corpus(config.corpus).digest,
-    "tokenizer": get_tokenizer(config.tokenizer).digest,
-    "sequence_length": config.sequence_length,
-    "heldout_every": HELDOUT_EVERY,
-    "builder": BUILDER_VERSION,
-  }
-  return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+def prepare(config: DataConfig, *, on_the_way: bool = True) -> PreparedData:
+  """Returns the data set of `config`, making what of it is not there.
 
+  Safe when called by several processes at once, and when one of them is killed: the next one goes
+  on from what was finished.
 
-def prepare(config: DataConfig) -> PreparedData:
-  """Returns the data set of `config`, making it first if it is not there.
-
-  Safe when called by several processes at once, and when one of them is killed: a data set is
-  written under another name and renamed when complete.
+  Args:
+    config: the data set.
+    on_the_way: whether the caller wants to use it at once. Then nothing is made of what would take
+      long (TFDS data sets, buckets, more than a GiB of files), and progress shows on terminals
+      alone.
 
   Raises:
-    UserError: the data directory cannot be written, what is there is damaged, or the corpus has
-      nothing to hold out.
+    UserError: a source is missing, damaged, too large to be made on the way or has nothing to hold
+      out; the data directory cannot be written, or what is there is damaged.
   """
-  builder = _builder(config)
-  if not builder.data_path.exists():
-    _make(config, builder)
-    builder = _builder(config)
-  sources = _open(builder)
-  counts, text_bytes = _read_counts(builder)
+  tokenizer = get_tokenizer(config.tokenizer)
+  sources = tuple(_prepared(part, config, tokenizer, on_the_way) for part in config.parts)
+  whole = {split: [source.records(split) for source in sources] for split in Split}
+  weights = tuple(source.weight for source in sources)
+  facts = {split: [source.manifest.facts(split) for source in sources] for split in Split}
+  alone = len(sources) == 1
   return PreparedData(
-    train=sources[Split.TRAIN],
-    heldout=sources[Split.HELDOUT],
-    tokenizer=get_tokenizer(config.tokenizer),
-    fingerprint=fingerprint(config),
-    counts=counts,
-    text_bytes=text_bytes,
-    corpus=get_corpus(config.corpus),
+    sources=sources,
+    train=whole[Split.TRAIN][0] if alone else Mixture(tuple(whole[Split.TRAIN]), weights),
+    heldout=whole[Split.HELDOUT][0] if alone else Mixture(tuple(whole[Split.HELDOUT]), weights),
+    tokenizer=tokenizer,
+    fingerprint=_fingerprint(sources),
+    counts={split: _total([each.packing for each in facts[split]]) for split in Split},
+    text_bytes={split: sum(each.text_bytes for each in facts[split]) for split in Split},
   )
 
 
-def _builder(config: DataConfig) -> PackedText:
-  """Returns the TFDS builder; it loads what its directory holds, so ask again after making it."""
-  # The digest in the name keeps a corpus that changed from reading what was made before.
-  name = f"{config.corpus}-{config.tokenizer}-{config.sequence_length}-{fingerprint(config)[:12]}"
-  builder_config = PackedTextConfig(
-    name=name,
-    corpus=config.corpus,
-    tokenizer=config.tokenizer,
-    sequence_length=config.sequence_length,
-  )
-  root = _data_dir(config)
+def verify(config: DataConfig) -> list[PreparedSource]:
+  """Reads every file of a data set that is there and compares it with its checksum.
+
+  Raises:
+    UserError: nothing was prepared, or a file is not what was written; names the first.
+  """
+  tokenizer = get_tokenizer(config.tokenizer)
+  found = [_find(part, config, tokenizer)[1] for part in config.parts]
+  prepared = []
+  for part, folder in zip(config.parts, found, strict=True):
+    if not (folder / MANIFEST_FILE).exists():
+      raise UserError(
+        f"nothing was prepared of source {part.name!r}; run moe-jax data prepare with this --config"
+      )
+    manifest = read_manifest(folder)
+    for file in (*manifest.shards, *manifest.texts):
+      if not file.is_sound(folder):
+        raise damaged(folder, f"{file.name} does not have its checksum")
+    prepared.append(PreparedSource(folder, manifest, part.weight))
+  return prepared
+
+
+def _fingerprint(sources: Sequence[PreparedSource]) -> str:
+  if len(sources) == 1:
+    return sources[0].manifest.fingerprint
+  facts = [(source.manifest.fingerprint, source.weight) for source in sources]
+  return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _total(counts: Sequence[PackingCounts]) -> PackingCounts:
+  names = [field.name for field in dataclasses.fields(PackingCounts)]
+  return PackingCounts(**{name: sum(getattr(each, name) for each in counts) for name in names})
+
+
+def _prepared(
+  part: SourceConfig, config: DataConfig, tokenizer: Tokenizer, on_the_way: bool
+) -> PreparedSource:
+  """Opens the data set of one source, after making it if it is not there."""
+  source, folder = _find(part, config, tokenizer)
+  if not (folder / MANIFEST_FILE).exists():
+    if on_the_way:
+      _check_quick(source)
+    _make(config, source, folder, tokenizer, show=not on_the_way)
+  # Here, and not where the manifest is written: a kill can come between the two.
+  with contextlib.suppress(OSError):
+    (folder / JOURNAL_FILE).unlink(missing_ok=True)
+  return PreparedSource(folder, read_manifest(folder), part.weight)
+
+
+def _find(
+  part: SourceConfig, config: DataConfig, tokenizer: Tokenizer
+) -> tuple[Source | None, Path]:
+  """Returns a source and the folder of its data set; None for one that only was there once.
+
+  The name has two digests. The first is of what was asked for; the second, of the documents, keeps
+  a source that changed from reading what was made before.
+  """
+  asked = dataclasses.asdict(dataclasses.replace(part, weight=1.0)) | {
+    "tokenizer": tokenizer.digest,
+    "sequence_length": config.sequence_length,
+    "heldout": [HELDOUT_EVERY, HELDOUT_BYTES],
+    "format": FORMAT_VERSION,
+  }
+  digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+  slugs = [_slug(part.name), _slug(os.path.basename(tokenizer.name))]
+  stem = "-".join([*slugs, str(config.sequence_length), digest[:8]])
+  root = Path(_data_dir(config)) / FOLDER
   try:
-    with _quiet():
-      return PackedText(config=builder_config, data_dir=root, file_format="array_record")
-  except (AssertionError, ValueError, json_format.ParseError) as error:
-    raise _damaged(os.path.join(root, PackedText.name, name, BUILDER_VERSION), error) from error
+    source = open_source(part)
+  except MissingSourceError:
+    found = [path.parent for path in root.glob(f"{stem}-*/{MANIFEST_FILE}")]
+    if len(found) != 1:
+      raise
+    logging.info("source %s is not there; using what was prepared of it: %s", part.name, found[0])
+    return None, found[0]
+  return source, root / f"{stem}-{source.digest[:12]}"
 
 
-def _open(builder: PackedText) -> dict[Split, Sequence[Record]]:
-  """Opens the splits; reads the two ends of each, so that a lost or cut file is found here."""
-  try:
-    sources = {split: builder.as_data_source(split.value) for split in Split}
-    for source in sources.values():
-      # The reader takes a file cut to 64 KiB for an empty one, and gives None for each field.
-      for record in (source[0], source[len(source) - 1]):
-        if any(values is None for values in record.values()):
-          raise RuntimeError("records are missing")
-  except (KeyError, OSError, RuntimeError) as error:
-    raise _damaged(os.fspath(builder.data_path), error) from error
-  return sources
+def _slug(name: str) -> str:
+  return re.sub(r"[^A-Za-z0-9_]+", "_", name).strip("_")[-40:]
 
 
-def _read_counts(builder: PackedText) -> tuple[dict[Split, PackingCounts], dict[Split, int]]:
-  """Returns what was packed and the bytes of text, for each split, from metadata.json."""
-  try:
-    counts = {split: dict(builder.info.metadata[split.value]) for split in Split}
-    text_bytes = {split: int(counts[split].pop("text_bytes")) for split in Split}
-    return {split: PackingCounts(**counts[split]) for split in Split}, text_bytes
-  except (KeyError, TypeError, ValueError) as error:
-    raise _damaged(os.fspath(builder.data_path), f"metadata.json: {error}") from error
-
-
-def _damaged(folder: str, reason: object) -> UserError:
-  return UserError(
-    f"the prepared data in {folder!r} are damaged ({reason}); "
-    "delete that folder to have them made again."
-  )
+def _check_quick(source: Source) -> None:
+  config = source.config
+  if config.kind == SourceKind.TFDS or "://" in config.name or source.size > _ON_THE_WAY_BYTES:
+    raise UserError(
+      f"source {config.name!r} is not prepared, and too large for that to be done on the way; run"
+      " moe-jax data prepare with the same --config and --config.data fields first"
+    )
 
 
 def _data_dir(config: DataConfig) -> str:
@@ -234,22 +239,18 @@ def _data_dir(config: DataConfig) -> str:
   return os.path.abspath(os.path.expanduser(folder))
 
 
-def _make(config: DataConfig, builder: PackedText) -> None:
+def _make(
+  config: DataConfig, source: Source, folder: Path, tokenizer: Tokenizer, *, show: bool
+) -> None:
   """Writes the data set, unless another process did while this one waited for the lock."""
-  documents = sum(1 for _ in itertools.islice(get_corpus(config.corpus).documents(), HELDOUT_EVERY))
-  if documents < HELDOUT_EVERY:
-    raise UserError(
-      f"corpus {config.corpus!r} has {documents} documents; at least {HELDOUT_EVERY} are needed, "
-      f"as every {HELDOUT_EVERY}th is held out."
-    )
-  target = pathlib.Path(builder.data_path)
   try:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(target.parent / "lock"):
-      if not target.exists():
-        _remove_leftovers(target.parent)
-        with _quiet():
-          builder.download_and_prepare()
+    folder.mkdir(parents=True, exist_ok=True)
+    with _lock(folder / "lock"):
+      if not (folder / MANIFEST_FILE).exists():
+        progress = PreparationProgress(source.config.name, source.size, lines=show)
+        with contextlib.closing(progress):
+          ingest = Ingest(folder, source, tokenizer, config.sequence_length)
+          write_manifest(folder, ingest.run(progress.update))
   except OSError as error:
     raise UserError(
       f"cannot write prepared data to data_dir {_data_dir(config)!r} ({error}); "
@@ -258,27 +259,8 @@ def _make(config: DataConfig, builder: PackedText) -> None:
 
 
 @contextlib.contextmanager
-def _lock(path: pathlib.Path) -> Iterator[None]:
+def _lock(path: Path) -> Iterator[None]:
   """Waits for, then holds an exclusive lock; the kernel frees it even from a killed process."""
   with path.open("w") as file:
     fcntl.flock(file, fcntl.LOCK_EX)
     yield
-
-
-def _remove_leftovers(folder: pathlib.Path) -> None:
-  """Removes what killed preparations left; only the holder of the folder's lock may call it."""
-  for leftover in folder.glob("incomplete.*"):
-    shutil.rmtree(leftover, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-  """Silences what TFDS prints and warns, but for a progress bar on a terminal."""
-  verbosity = logging.get_verbosity()
-  tfds.display_progress_bar(sys.stderr.isatty())
-  logging.set_verbosity(logging.ERROR)
-  try:
-    with contextlib.redirect_stdout(io.StringIO()):
-      yield
-  finally:
-    logging.set_verbosity(verbosity)

@@ -3,8 +3,11 @@
 import dataclasses
 
 from moe_jax.data.corpus import get_corpus
+from moe_jax.data.sources import SourceConfig, parse_source
 from moe_jax.data.tokenizers import get_tokenizer
 from moe_jax.errors import UserError
+
+_CORPUS = "sotu_1790_1870"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,18 +15,21 @@ class DataConfig:
   """What to train on.
 
   Attributes:
-    corpus: name of a registered corpus.
-    tokenizer: name of a tokenizer.
+    corpus: name of a registered corpus; read where `sources` is empty.
+    sources: what to read instead, one word a source, see `moe_jax.data.sources`; several are mixed
+      by their weights.
+    tokenizer: `bytes`, or the path of a SentencePiece `.model` or of a `tokenizer.json`.
     sequence_length: L, the tokens in a record.
     data_dir: local folder for prepared data; empty for the TFDS one (the environment variable
       TFDS_DATA_DIR, otherwise ~/tensorflow_datasets).
 
   Raises:
-    UserError: an unknown name, a sequence_length that is no integer from 2 up, or a data_dir that
-      is no local folder.
+    UserError: an unknown name or option, a corpus beside sources, the same source twice, a
+      sequence_length that is no integer from 2 up, or a data_dir that is no local folder.
   """
 
-  corpus: str = "sotu_1790_1870"
+  corpus: str = _CORPUS
+  sources: tuple[str, ...] = ()
   tokenizer: str = "bytes"
   sequence_length: int = 128
   data_dir: str = ""
@@ -35,6 +41,25 @@ class DataConfig:
     if not isinstance(length, int) or isinstance(length, bool) or length < 2:
       raise UserError(f"sequence_length is {length!r}, but must be an integer of at least 2.")
     check_local(self.data_dir)
+    self._check_sources()
+
+  @property
+  def parts(self) -> tuple[SourceConfig, ...]:
+    """What is read: `sources`, or else `corpus` alone."""
+    return tuple(map(parse_source, self.sources or (self.corpus,)))
+
+  def _check_sources(self) -> None:
+    if self.sources and self.corpus != _CORPUS:
+      raise UserError(
+        f"corpus is {self.corpus!r} beside sources {self.sources!r}; leave corpus out, and name it"
+        " among the sources if it is one of them."
+      )
+    names = [dataclasses.replace(part, weight=1.0) for part in self.parts]
+    for index, name in enumerate(names):
+      if name in names[:index]:
+        raise UserError(
+          f"sources has {self.sources[index]!r} twice; name it once, with a higher weight."
+        )
 
 
 def check_local(folder: str) -> None:

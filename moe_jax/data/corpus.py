@@ -19,7 +19,7 @@ from moe_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """A text and what is known about it (for the bundled corpus: year, president, party)."""
+  """A text and what is known about it, as year, president and party of an address."""
 
   text: str
   attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -87,6 +87,11 @@ def register_corpus(corpus: Corpus) -> None:
     raise UserError(f"a corpus named {corpus.name!r} is registered already; choose another name.")
 
 
+def corpus_names() -> list[str]:
+  """Returns the names of all registered corpora."""
+  return list(_CORPORA)
+
+
 def get_corpus(name: str) -> Corpus:
   """Returns the corpus registered under `name`; raises UserError with the nearest name."""
   if name not in _CORPORA:
@@ -101,10 +106,22 @@ def split_documents(corpus: Corpus, split: Split) -> Iterator[Document]:
       yield document
 
 
-register_corpus(
+# Digests as their notes in `corpora` have them.
+for _corpus in (
   BundledCorpus(
     name="sotu_1790_1870",
     digest="c80358dc54eaf7084c4b48b857ee758a6bdc695709bd2d751cbf8c0bc0e5952b",
     archive_sha256="07d573bfc1651a3d80be33675bec8714f17356350d9544c8dcda4f0aab6ba367",
-  )
-)
+  ),
+  BundledCorpus(
+    name="python_3_11",
+    digest="f54f48017e0e5114eb8a66959a8f0c6fdcdf5d04da0e552be31dbe7d2ae260d5",
+    archive_sha256="e666407abbd73b2bcf3ebd33c611b64dffcd86e5058c212d170d23345fc852a1",
+  ),
+  BundledCorpus(
+    name="king_james",
+    digest="778b019474bb84b5d3554277ea18896fe7f445f5a718fde30f33f8be882ea349",
+    archive_sha256="6b880e87960de95c9960fbc4411d8763b4d48590dc53bce191723f00023c607f",
+  ),
+):
+  register_corpus(_corpus)

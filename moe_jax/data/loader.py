@@ -6,11 +6,15 @@ with another number of processes. Nothing here starts a worker process: records 
 reading them costs far less than a training step.
 """
 
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
 
+from moe_jax.data.batches import gather, stack
+from moe_jax.data.mixture import Mixture, Shares
 from moe_jax.data.packing import Record
 from moe_jax.errors import UserError
 
@@ -35,8 +39,11 @@ def train_iterator(
 
   Every epoch is a new permutation, a function of (seed, epoch) only. The last
   `len(source) % batch_size` records of each permutation are left out: other ones every epoch, and
-  none is seen twice in one epoch. `get_state()` is JSON-serialisable and depends on the number of
-  batches only, so it is the same on all processes; `loader_state` guards its use.
+  none is seen twice in one epoch. A `Mixture` has no such epochs: every part goes through its own,
+  and the n-th row of training is of the part that the weights say.
+
+  `get_state()` is JSON-serialisable and depends on the number of batches only, so it is the same on
+  all processes; `loader_state` guards its use.
 
   Args:
     source: the records, each a dict of arrays of one shape.
@@ -55,15 +62,53 @@ def train_iterator(
   local_size = _local_size(batch_size, process_index, process_count)
   if not 0 <= seed < 2**32:
     raise UserError(f"the data seed is {seed}, but must be from 0 to {2**32 - 1}.")
+  # Numbers go through the shuffle, and the records of a batch are read together at its end: what is
+  # done for each record at each of grain's stations would cost more than reading it.
+  places = _shuffled(source, seed, batch_size)
+  if transform is None:
+    batches = places.batch(
+      local_size, drop_remainder=True, batch_fn=functools.partial(gather, source)
+    )
+  else:
+    records = places.random_map(lambda place, rng: transform(source[place], rng))
+    batches = records.batch(local_size, drop_remainder=True)
+  batches = batches[process_index::process_count]
+  if not isinstance(source, Mixture):
+    batches = batches.repeat()
+  return iter(batches.to_iter_dataset(_READ_AHEAD))
+
+
+def places_in_batch(
+  source: Sequence[Record], *, batch_size: int, seed: int, batch: int
+) -> list[int]:
+  """Returns the places in `source` of the records of a global batch, in the order of its rows.
+
+  Args:
+    source, batch_size, seed: see `train_iterator`.
+    batch: which one, from 0.
+  """
+  places = _shuffled(source, seed, batch_size)
+  if not isinstance(source, Mixture):
+    places = places.repeat()
+  return [int(places[batch * batch_size + row]) for row in range(batch_size)]
+
+
+def _shuffled(source: Sequence[Record], seed: int, batch_size: int) -> grain.MapDataset:
+  """Returns the places of one epoch of full batches; of a mixture, an endless sequence."""
   usable = steps_per_epoch(source, batch_size) * batch_size
-  records = grain.MapDataset.source(source).seed(seed).shuffle()[:usable]
-  if transform is not None:
-    records = records.random_map(transform)
-  return iter(
-    records.batch(local_size, drop_remainder=True)[process_index::process_count]
+  if not isinstance(source, Mixture):
+    return grain.MapDataset.range(len(source)).seed(seed).shuffle()[:usable]
+  # Parts of one length are not to go through their records in one order.
+  ends = itertools.accumulate(map(len, source.parts))
+  parts = [
+    grain.MapDataset.range(end - len(part), end)
+    .seed((seed + number * 0x9E3779B1) % 2**32)
+    .shuffle()
     .repeat()
-    .to_iter_dataset(_READ_AHEAD)
-  )
+    for number, (part, end) in enumerate(zip(source.parts, ends, strict=True))
+  ]
+  mixed = grain.MapDataset.select_from_datasets(parts, Shares(source.weights))
+  return mixed.seed(seed)
 
 
 def steps_per_epoch(source: Sequence[Record], batch_size: int) -> int:
@@ -103,24 +148,26 @@ def eval_batches(
     UserError: batch_size does not divide over the processes.
   """
   local_size = _local_size(batch_size, process_index, process_count)
-  starts = range(0, len(source), batch_size)
+  first = process_index * local_size
 
-  def record(index: int) -> Record:
+  def read(places: Sequence[int]) -> Record:
     if transform is None:
-      return source[index]
-    return transform(source[index], np.random.default_rng(index))
+      return gather(source, places)
+    return stack([transform(source[place], np.random.default_rng(place)) for place in places])
 
   return (
-    _rows(record, len(source), start + process_index * local_size, local_size) for start in starts
+    _rows(read, len(source), start + first, local_size)
+    for start in range(0, len(source), batch_size)
   )
 
 
-def _rows(record: Callable[[int], Record], length: int, first: int, count: int) -> Record:
-  """Stacks records first .. first + count - 1, zeros for those past the end."""
-  filler = {name: np.zeros_like(values) for name, values in record(0).items()}
-  indices = range(first, first + count)
-  rows = [record(index) if index < length else filler for index in indices]
-  return {name: np.stack([row[name] for row in rows]) for name in filler}
+def _rows(read: Callable[[Sequence[int]], Record], length: int, first: int, count: int) -> Record:
+  """Returns records first .. first + count - 1, zeros for those past the end."""
+  real = min(max(length - first, 0), count)
+  rows = read([first + row if row < real else 0 for row in range(count)])
+  for values in rows.values():
+    values[real:] = 0
+  return rows
 
 
 def _local_size(batch_size: int, process_index: int, process_count: int) -> int:

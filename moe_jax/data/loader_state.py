@@ -33,6 +33,26 @@ def save_state(iterator: grain.DatasetIterator, identity: StreamIdentity) -> dic
   return {"identity": dataclasses.asdict(identity), "iterator": iterator.get_state()}
 
 
+def check_state(iterator: grain.DatasetIterator, state: Any) -> None:
+  """Checks that `state` is a record of `save_state`, of the iterator's stream or of another.
+
+  Raises:
+    KeyError, TypeError, ValueError: it is none.
+  """
+  StreamIdentity(**state["identity"])
+  if not _is_like(state["iterator"], iterator.get_state()):
+    raise ValueError(f"the iterator's state is {state['iterator']!r}")
+
+
+def _is_like(saved: Any, own: Any) -> bool:
+  """Tells whether a state has the keys of another one, and counts where that has counts."""
+  if isinstance(own, dict):
+    if not isinstance(saved, dict) or saved.keys() != own.keys():
+      return False
+    return all(_is_like(saved[key], own[key]) for key in own)
+  return type(saved) is type(own) and (type(own) is not int or 0 <= saved < 2**63)
+
+
 def restore_state(
   iterator: grain.DatasetIterator, state: dict[str, Any], identity: StreamIdentity
 ) -> None:

@@ -15,16 +15,23 @@ A record is a dict of (L,) int32 arrays:
   eos (the target is then the next document's bos) and on padding.
 
 Only the end of the last record is padded.
+
+On disk a record is what these follow from, in little-endian integers: how many documents begin in
+it, the offsets at which they do (32 bits each), and its tokens and last target, in 16 bits each
+where the vocabulary allows. Bytes of text so take two bytes each, not twenty.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 FIELDS = ("tokens", "targets", "segment_ids", "positions", "loss_mask")
 
 Record = dict[str, np.ndarray]
+
+_NO_STARTS = b"\0\0\0\0"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +41,19 @@ class SpecialIds:
   pad: int
   bos: int
   eos: int
+
+
+class Piece(NamedTuple):
+  """A document, or a stretch of one that is too long to be held in memory.
+
+  Attributes:
+    tokens: (any length,) integers, without bos and eos.
+    first, last: whether the document begins or ends here.
+  """
+
+  tokens: np.ndarray
+  first: bool = True
+  last: bool = True
 
 
 @dataclasses.dataclass
@@ -55,59 +75,144 @@ class PackingCounts:
   padding_positions: int = 0
 
 
+def token_dtype(vocab_size: int) -> np.dtype:
+  """Returns the smallest type on disk that holds every id."""
+  return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
+
+
 class Packer:
   """Packs documents into records of `sequence_length` and keeps count.
 
   Attributes:
-    counts: totals over all records yielded so far.
+    counts: totals over all records made so far.
   """
 
-  def __init__(self, sequence_length: int, special: SpecialIds):
-    self._length = sequence_length
-    self._special = special
+  def __init__(
+    self, sequence_length: int, special: SpecialIds, dtype: str | np.dtype = "<u4"
+  ) -> None:
+    self._length, self._special, self._dtype = sequence_length, special, np.dtype(dtype)
     self.counts = PackingCounts()
+    # The stream from the first input of the next record on, and where documents begin in it.
+    self._tokens = np.zeros(0, self._dtype)
+    self._starts = np.zeros(0, np.int64)
 
   def pack(self, documents: Iterable[np.ndarray]) -> Iterator[Record]:
-    """Yields the records of token arrays, each (any length,) of integers, without bos and eos.
+    """Yields the records of whole documents, each (any length,) of integers."""
+    for document in documents:
+      yield from map(self.unpack, self.add([Piece(document)]))
+    yield from map(self.unpack, self.finish())
 
-    Holds one document and one record in memory.
-    """
-    rest_tokens, rest_owners = np.zeros(0, np.int32), np.zeros(0, np.int64)
-    for owner, document in enumerate(documents):
-      self.counts.documents += 1
-      framed = np.concatenate([[self._special.bos], document, [self._special.eos]])
-      tokens = np.concatenate([rest_tokens, framed.astype(np.int32)])
-      owners = np.concatenate([rest_owners, np.full(len(framed), owner)])
-      # Record i has inputs i*L .. i*L+L-1 and a last target at (i+1)*L: one token more than L.
-      full = max(0, (len(tokens) - 1) // self._length)
-      for start in range(0, full * self._length, self._length):
-        piece = slice(start, start + self._length + 1)
-        yield self._record(tokens[piece], owners[piece])
-      rest_tokens, rest_owners = tokens[full * self._length :], owners[full * self._length :]
-    if len(rest_tokens) > 1:
-      yield self._record(rest_tokens, rest_owners)
+  def add(self, pieces: Sequence[Piece]) -> list[bytes]:
+    """Returns the records that these pieces fill, as they lie on disk."""
+    parts, starts, end = [self._tokens], [], len(self._tokens)
+    bos, eos = (np.array([i], self._dtype) for i in (self._special.bos, self._special.eos))
+    for tokens, first, last in pieces:
+      if first:
+        starts.append(end)
+        parts.append(bos)
+      parts.append(tokens)
+      if last:
+        parts.append(eos)
+      end += first + len(tokens) + last
+    self.counts.documents += len(starts)
+    self._tokens = np.concatenate(parts, dtype=self._dtype, casting="unsafe")
+    self._starts = np.concatenate([self._starts, np.array(starts, np.int64)])
+    return self._cut_full_records()
 
-  def _record(self, tokens: np.ndarray, owners: np.ndarray) -> Record:
-    """Makes a record of up to L + 1 tokens of the stream and the documents that own them."""
-    inputs, input_owners = tokens[:-1], owners[:-1]
-    same_document = input_owners == owners[1:]
-    starts = np.flatnonzero(np.diff(input_owners, prepend=-1))
-    lengths = np.diff(starts, append=len(inputs))
-    record = {
-      "tokens": self._pad(inputs, self._special.pad),
-      "targets": self._pad(tokens[1:], self._special.pad),
-      "segment_ids": self._pad(input_owners - input_owners[0] + 1),
-      "positions": self._pad(np.arange(len(inputs)) - np.repeat(starts, lengths)),
-      "loss_mask": self._pad(same_document),
+  def finish(self) -> list[bytes]:
+    """Returns the last record, if tokens are left for one."""
+    targets = len(self._tokens) - 1
+    if targets < 1:
+      return []
+    payload = _payload(self._starts, self._tokens.tobytes())
+    self._count(1, targets, int(np.count_nonzero(self._starts)))
+    self.counts.padding_positions += self._length - targets
+    self._tokens, self._starts = self._tokens[:0], self._starts[:0]
+    return [payload]
+
+  def unpack(self, payload: bytes) -> Record:
+    """Returns the record of what lies on disk."""
+    rows = unpack([payload], self._length, self._special.pad, self._dtype)
+    return {name: values[0] for name, values in rows.items()}
+
+  def state(self) -> dict[str, Any]:
+    """Returns what JSON can hold of a packer between two calls; under L tokens."""
+    return {
+      "counts": dataclasses.asdict(self.counts),
+      "tokens": self._tokens.tolist(),
+      "starts": self._starts.tolist(),
     }
-    self.counts.records += 1
-    self.counts.target_tokens += int(same_document.sum())
-    self.counts.boundary_positions += int((~same_document).sum())
-    self.counts.padding_positions += self._length - len(inputs)
-    return record
 
-  def _pad(self, values: np.ndarray, fill: int = 0) -> np.ndarray:
-    """Returns the values as (L,) int32, filled up at the end."""
-    padded = np.full(self._length, fill, np.int32)
-    padded[: len(values)] = values
-    return padded
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Goes on where `state` was taken."""
+    self.counts = PackingCounts(**state["counts"])
+    self._tokens = np.array(state["tokens"], self._dtype)
+    self._starts = np.array(state["starts"], np.int64)
+
+  def _cut_full_records(self) -> list[bytes]:
+    # Record i has inputs i*L .. i*L+L-1 and a last target at (i+1)*L: one token more than L.
+    length, width = self._length, self._dtype.itemsize
+    full = max(0, (len(self._tokens) - 1) // length)
+    if not full:
+      return []
+    data = self._tokens[: full * length + 1].tobytes()
+    firsts = np.arange(full) * length
+    lows = np.searchsorted(self._starts, firsts)
+    highs = np.searchsorted(self._starts, firsts + length, side="right")
+    records = []
+    for first, low, high in zip(firsts.tolist(), lows.tolist(), highs.tolist(), strict=True):
+      tokens = data[first * width : (first + length + 1) * width]
+      records.append(
+        _payload(self._starts[low:high] - first, tokens) if high > low else _NO_STARTS + tokens
+      )
+    end = full * length
+    inside = (self._starts > 0) & (self._starts <= end)
+    self._count(full, end, int(np.count_nonzero(inside)))
+    self._tokens = self._tokens[end:].copy()
+    self._starts = self._starts[self._starts >= end] - end
+    return records
+
+  def _count(self, records: int, targets: int, boundaries: int) -> None:
+    self.counts.records += records
+    self.counts.target_tokens += targets - boundaries
+    self.counts.boundary_positions += boundaries
+
+
+def _payload(starts: np.ndarray, tokens: bytes) -> bytes:
+  """Joins the offsets at which documents begin and the tokens."""
+  return len(starts).to_bytes(4, "little") + starts.astype("<u4").tobytes() + tokens
+
+
+def unpack(payloads: Sequence[bytes], length: int, pad: int, dtype: np.dtype) -> Record:
+  """Returns the rows of what lies on disk, each field (len(payloads), L) int32; see the module.
+
+  Args:
+    payloads: from `Packer.add` or `Packer.finish`.
+    length: L.
+    pad: the id of padding.
+    dtype: the type of the tokens on disk.
+
+  Raises:
+    ValueError, IndexError: a payload is no record of this length.
+  """
+  # One array for all, and first what is true of a record that no document begins in: what is done
+  # for each row is paid for at every training step.
+  values = np.zeros((len(FIELDS), len(payloads), length), np.int32)
+  tokens, targets, segment_ids, positions, loss_mask = values
+  counting = np.arange(length, dtype=np.int32)
+  segment_ids[:], positions[:], loss_mask[:] = 1, counting, 1
+  for row, payload in enumerate(payloads):
+    count = int.from_bytes(payload[:4], "little")
+    stream = np.frombuffer(payload, dtype, offset=4 + 4 * count)
+    inputs = len(stream) - 1
+    tokens[row, :inputs] = stream[:-1]
+    targets[row, :inputs] = stream[1:]
+    for start in np.frombuffer(payload, "<u4", count, 4).tolist() if count else ():
+      if start:
+        loss_mask[row, start - 1] = 0
+        segment_ids[row, start:] += 1
+        positions[row, start:] = counting[: length - start]
+    if inputs < length:
+      values[:2, row, inputs:] = pad
+      values[2:, row, inputs:] = 0
+  return dict(zip(FIELDS, values, strict=True))

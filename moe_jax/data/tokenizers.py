@@ -1,12 +1,15 @@
 """Text to ids and back."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import functools
+import os
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from moe_jax.choices import did_you_mean
+from moe_jax.data.tokenizer_files import JsonTokenizer, SentencePieceModel
 from moe_jax.errors import UserError
 
 
@@ -29,6 +32,9 @@ class Tokenizer(Protocol):
 
   def encode(self, text: str | bytes) -> np.ndarray:
     """Returns the ids of a text, (L,) int32, without bos and eos."""
+
+  def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+    """Returns for each text in UTF-8 the ids that `encode` gives, of any integer type."""
 
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text of the ids, special ids skipped."""
@@ -53,6 +59,10 @@ class ByteTokenizer:
     data = text.encode() if isinstance(text, str) else text
     return np.frombuffer(data, np.uint8).astype(np.int32) + _FIRST_BYTE_ID
 
+  def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+    """Returns one id a byte of each text, uint16."""
+    return [np.frombuffer(text, np.uint8) + np.uint16(_FIRST_BYTE_ID) for text in texts]
+
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text of the ids.
 
@@ -66,11 +76,34 @@ class ByteTokenizer:
 
 
 _FIRST_BYTE_ID = 3
-_TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {"bytes": ByteTokenizer}
+_BYTES = "bytes"
+_SUFFIXES = {".model": SentencePieceModel, ".json": JsonTokenizer}
 
 
 def get_tokenizer(name: str) -> Tokenizer:
-  """Returns the tokenizer called `name`; raises UserError with the nearest name."""
-  if name not in _TOKENIZERS:
-    raise UserError(f"unknown tokenizer {name!r}; {did_you_mean(str(name), _TOKENIZERS)}")
-  return _TOKENIZERS[name]()
+  """Returns the tokenizer called `name`: `bytes`, or the path of a `.model` or `tokenizer.json`.
+
+  Raises:
+    UserError: neither of them, or a file that cannot be read.
+  """
+  if name == _BYTES:
+    return ByteTokenizer()
+  suffix = os.path.splitext(str(name))[1]
+  if suffix not in _SUFFIXES:
+    raise UserError(
+      f"unknown tokenizer {name!r}; {did_you_mean(str(name), [_BYTES])}, or the path of a"
+      " SentencePiece .model or a tokenizer.json"
+    )
+  path = os.path.expanduser(name)
+  try:
+    written = os.stat(path).st_mtime_ns
+  except OSError:
+    written = 0
+  return _read(path, written)
+
+
+@functools.lru_cache(maxsize=8)
+def _read(path: str, written: int) -> Tokenizer:
+  """Reads a file once, and again when it has been written since: large ones take a second."""
+  del written
+  return _SUFFIXES[os.path.splitext(path)[1]](path)

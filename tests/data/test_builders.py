@@ -9,9 +9,10 @@ import sys
 import numpy as np
 import pytest
 
-from moe_jax.data.builders import PackedText, fingerprint, prepare
+from moe_jax.data.builders import prepare
 from moe_jax.data.config import DataConfig
 from moe_jax.data.corpus import split_documents
+from moe_jax.data.ingest import Ingest
 from moe_jax.data.packing import FIELDS, Packer, SpecialIds
 from moe_jax.data.splits import Split
 from moe_jax.errors import UserError
@@ -31,7 +32,7 @@ class Numbers:
   def documents(self):
     self.passes += 1
     for i in range(64):
-      if sys.argv[2] == "kill" and self.passes > 1 and i == 40:
+      if sys.argv[2] == "kill" and i == 40:
         os.kill(os.getpid(), signal.SIGKILL)
       yield Document(f"{i} " * 50)
 
@@ -82,7 +83,7 @@ def test_bits_per_byte_have_the_bytes_of_the_heldout_documents(tiny_corpus, tmp_
 
 def test_prepared_data_are_read_not_made_again(tiny_corpus, tmp_path, monkeypatch):
   first = prepare(_config(tiny_corpus, tmp_path))
-  monkeypatch.setattr(PackedText, "download_and_prepare", lambda self: pytest.fail("made again"))
+  monkeypatch.setattr(Ingest, "run", lambda *_: pytest.fail("made again"))
   again = prepare(_config(tiny_corpus, tmp_path))
   assert again.fingerprint == first.fingerprint and again.counts == first.counts
   np.testing.assert_array_equal(again.train[3]["tokens"], first.train[3]["tokens"])
@@ -114,46 +115,51 @@ def test_two_processes_at_once_make_one_data_set_without_tensorflow(tmp_path):
   assert [child.returncode for child in children] == [0, 0], outputs
   assert outputs[0] == outputs[1]
   assert outputs[0][0].split()[-1] == "False"
-  assert len(list(tmp_path.glob("packed_text/*/1.0.0"))) == 1
+  assert len(list(tmp_path.glob("packed_text/*/manifest.json"))) == 1
 
 
 def test_a_killed_preparation_is_never_read(tmp_path):
   killed = _child(tmp_path, "kill")
   killed.communicate(timeout=60)
   assert killed.returncode == -signal.SIGKILL
-  assert list(tmp_path.glob("packed_text/*/incomplete.*"))
-  assert not list(tmp_path.glob("packed_text/*/1.0.0"))
+  assert list(tmp_path.glob("packed_text/*/lock"))
+  assert not list(tmp_path.glob("packed_text/*/manifest.json"))
   after, _ = _child(tmp_path, "finish").communicate(timeout=60)
   clean, _ = _child(tmp_path / "clean", "finish").communicate(timeout=60)
   assert after and after == clean
-  assert not list(tmp_path.glob("packed_text/*/incomplete.*"))
+  assert not list(tmp_path.glob("packed_text/*/*.partial"))
 
 
-@pytest.mark.parametrize("name", ["packed_text-train.*", "packed_text-heldout.*", "*_info.json"])
+@pytest.mark.parametrize("name", ["train-*", "heldout-*", "train.txt"])
 def test_prepared_data_that_lost_a_file_are_refused(tiny_corpus, tmp_path, name):
   config = _config(tiny_corpus, tmp_path)
   prepare(config)
-  (lost,) = tmp_path.glob(f"packed_text/*/1.0.0/{name}")
+  (lost,) = tmp_path.glob(f"packed_text/*/{name}")
   lost.unlink()
   with pytest.raises(UserError, match=r"are damaged .* delete that folder"):
     prepare(config)
 
 
-@pytest.mark.parametrize("name", ["metadata.json", "dataset_info.json"])
-@pytest.mark.parametrize("content", [None, "", "{", "{}", "null"])
+@pytest.mark.parametrize("content", ["", "{", "{}", "null", "[]"])
 def test_prepared_data_that_no_longer_describe_themselves_are_refused(
-  tiny_corpus, tmp_path, name, content
+  tiny_corpus, tmp_path, content
 ):
   config = _config(tiny_corpus, tmp_path)
   prepare(config)
-  (file,) = tmp_path.glob(f"packed_text/*/1.0.0/{name}")
-  if content is None:
-    file.unlink()
-  else:
-    file.write_text(content)
+  (file,) = tmp_path.glob("packed_text/*/manifest.json")
+  file.write_text(content)
   with pytest.raises(UserError, match="are damaged .* delete that folder") as caught:
     prepare(config)
   assert repr(str(file.parent)) in str(caught.value)
+
+
+def test_a_number_changed_in_the_manifest_is_found(tiny_corpus, tmp_path):
+  config = _config(tiny_corpus, tmp_path)
+  prepare(config)
+  (file,) = tmp_path.glob("packed_text/*/manifest.json")
+  file.write_text(file.read_text().replace('"documents": 38', '"documents": 39'))
+  with pytest.raises(UserError, match="its checksum does not fit"):
+    prepare(config)
 
 
 def test_a_bucket_in_the_environment_is_refused(tiny_corpus, monkeypatch):
@@ -166,7 +172,7 @@ def test_a_bucket_in_the_environment_is_refused(tiny_corpus, monkeypatch):
 def test_prepared_data_cut_short_are_refused(tiny_corpus, tmp_path, size):
   config = _config(tiny_corpus, tmp_path)
   prepare(config)
-  (cut,) = tmp_path.glob("packed_text/*/1.0.0/packed_text-train.*")
+  (cut,) = tmp_path.glob("packed_text/*/train-*")
   os.truncate(cut, size)
   with pytest.raises(UserError, match="are damaged"):
     prepare(config)
@@ -179,13 +185,12 @@ def test_a_data_dir_that_cannot_be_written_is_named(tiny_corpus, tmp_path):
 
 
 def test_a_corpus_without_heldout_documents_is_refused(short_corpus, tmp_path):
-  with pytest.raises(UserError, match="'short' has 2 documents; at least 16 are needed"):
+  with pytest.raises(UserError, match="'short' has 2 documents with text; at least 16 are"):
     prepare(_config(short_corpus, tmp_path))
-  assert not list(tmp_path.iterdir())
+  assert not list(tmp_path.glob("packed_text/*/manifest.json"))
 
 
 def test_the_fingerprint_follows_the_records_not_the_place(tiny_corpus, tmp_path):
-  base = fingerprint(_config(tiny_corpus, tmp_path))
-  assert base == fingerprint(_config(tiny_corpus, "elsewhere"))
-  assert base != fingerprint(_config(tiny_corpus, tmp_path, length=17))
-  assert base != fingerprint(DataConfig(sequence_length=16))
+  base = prepare(_config(tiny_corpus, tmp_path)).fingerprint
+  assert base == prepare(_config(tiny_corpus, tmp_path / "elsewhere")).fingerprint
+  assert base != prepare(_config(tiny_corpus, tmp_path, length=17)).fingerprint

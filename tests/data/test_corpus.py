@@ -35,14 +35,47 @@ def test_sotu_has_one_address_a_year(addresses):
   assert sum(len(a.text.encode()) for a in addresses) == 3_557_651
 
 
-def test_note_and_code_state_the_digests_of_the_file():
-  packed = (FOLDER / "sotu_1790_1870.jsonl.xz").read_bytes()
-  note = (FOLDER / "sotu_1790_1870.md").read_text()
+# Documents, bytes of text, held-out documents, bytes of them.
+SIZES = {
+  "sotu_1790_1870": (81, 3_557_651, 5, 224_073),
+  "python_3_11": (169, 3_777_621, 10, 200_989),
+  "king_james": (1189, 4_136_661, 74, 250_811),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_note_and_code_state_the_digests_of_the_file(name):
+  packed = (FOLDER / f"{name}.jsonl.xz").read_bytes()
+  note = (FOLDER / f"{name}.md").read_text()
   archive = hashlib.sha256(packed).hexdigest()
   lines = hashlib.sha256(lzma.decompress(packed)).hexdigest()
-  corpus = get_corpus("sotu_1790_1870")
+  corpus = get_corpus(name)
   assert (corpus.archive_sha256, corpus.digest) == (archive, lines)
   assert archive in note and lines in note
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_note_states_the_sizes(name):
+  corpus = get_corpus(name)
+  both = [list(corpus.documents()), list(split_documents(corpus, Split.HELDOUT))]
+  sizes = [size for part in both for size in (len(part), sum(len(d.text.encode()) for d in part))]
+  assert tuple(sizes) == SIZES[name]
+  note = (FOLDER / f"{name}.md").read_text()
+  assert all(f"{size:,}" in note for size in sizes)
+
+
+def test_python_is_code_and_documentation():
+  kinds = [d.attributes["kind"] for d in get_corpus("python_3_11").documents()]
+  assert kinds == ["documentation"] * 48 + ["code"] * 121
+
+
+def test_bible_has_its_chapters_in_order():
+  chapters = [d.attributes for d in get_corpus("king_james").documents()]
+  assert len({chapter["book"] for chapter in chapters}) == 66
+  assert (chapters[0], chapters[-1]) == (
+    {"book": "Ge", "chapter": 1},
+    {"book": "Rev", "chapter": 22},
+  )
 
 
 def test_a_damaged_corpus_is_refused():

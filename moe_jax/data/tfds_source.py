@@ -1,0 +1,201 @@
+"""Data sets of TFDS as a source of documents, read without TensorFlow."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib
+import importlib.util
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from moe_jax.choices import did_you_mean
+from moe_jax.data.files import MissingSourceError
+from moe_jax.data.formats import InputFile, Stretch, text_of, tfrecords
+from moe_jax.data.sources import SourceConfig
+from moe_jax.errors import UserError
+
+# Families that TFDS registers only when their module is imported, which it leaves to TensorFlow.
+_LAZY = ("text.{0}", "text.{0}.{0}", "translate.{0}", "translate.{1}", "structured.{0}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsSource:
+  """The training split of a builder, and its held-out split before that if one is named.
+
+  Attributes:
+    config: the source.
+    builder: of TFDS; its data set is there.
+    ignored: no file of a data set is.
+  """
+
+  config: SourceConfig
+  builder: Any
+  ignored: int = 0
+
+  @functools.cached_property
+  def _splits(self) -> list[str]:
+    return [split for split in (self.config.heldout, self.config.split) if split]
+
+  @functools.cached_property
+  def _readers(self) -> "list[_Split]":
+    return [_open_split(self.builder, split) for split in self._splits]
+
+  @property
+  def size(self) -> int:
+    """Records of all splits: how long one is cannot be known before."""
+    return sum(len(reader) for reader in self._readers)
+
+  @functools.cached_property
+  def digest(self) -> str:
+    """Changes with the builder, its config, its version, and the sizes of the splits."""
+    facts = [self.builder.info.full_name, self._splits, [len(each) for each in self._readers]]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+  @property
+  def heldout_streams(self) -> int:
+    """The first stream is held out if the config names a split for that."""
+    return len(self._splits) - 1
+
+  @property
+  def streams(self) -> int:
+    """A split is a stream."""
+    return len(self._splits)
+
+  def offset(self, stream: int) -> int:
+    """Returns the records of all splits before this one."""
+    return sum(len(reader) for reader in self._readers[:stream])
+
+  def stretches(self, stream: int) -> Iterator[Stretch]:
+    """Yields the documents of one split."""
+    place = f"{self.config.name}, split {self._splits[stream]!r}"
+    for number, entry in enumerate(self._readers[stream].entries(), start=1):
+      text = text_of(_plain(entry), self.config.text, f"{place}, record {number}")
+      yield Stretch(text, True, True, number)
+
+
+@dataclasses.dataclass(frozen=True)
+class _RandomAccess:
+  """A split in a format that TFDS reads at random."""
+
+  source: Sequence[Any]
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  def entries(self) -> Iterator[Any]:
+    return map(self.source.__getitem__, range(len(self.source)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sequential:
+  """A split in TFRecord files, as most data sets on disk are."""
+
+  builder: Any
+  split: str
+
+  def __len__(self) -> int:
+    return self.builder.info.splits[self.split].num_examples
+
+  def entries(self) -> Iterator[Any]:
+    decode = self.builder.info.features.deserialize_example_np
+    for path in map(os.fspath, self.builder.info.splits[self.split].filepaths):
+      size = os.stat(path).st_size if "://" not in path else 2**62
+      for record, _ in tfrecords(InputFile(path, path, size)):
+        yield decode(record)
+
+
+_Split = _RandomAccess | _Sequential
+
+
+def open_tfds(config: SourceConfig) -> TfdsSource:
+  """Finds a data set that TFDS has written, under TFDS_DATA_DIR or ~/tensorflow_datasets.
+
+  Raises:
+    MissingSourceError: it is not there.
+    UserError: no such builder, config, version or split.
+  """
+  source = TfdsSource(config, _builder(config.builder))
+  _ = source._readers
+  return source
+
+
+def _builder(name: str) -> Any:
+  import tensorflow_datasets as tfds
+
+  family = name.partition(":")[0].partition("/")[0]
+  _import_lazy(family)
+  try:
+    # On a fault TFDS prints pages.
+    with contextlib.redirect_stdout(io.StringIO()):
+      return tfds.builder(name, data_dir=os.environ.get("TFDS_DATA_DIR"))
+  except tfds.core.DatasetNotFoundError:
+    hint = did_you_mean(family, tfds.core.registered.list_imported_builders())
+    raise UserError(f"source tfds:{name}: TFDS has no data set {family!r}; {hint}") from None
+  except (AssertionError, ValueError, TypeError) as error:
+    reason = " ".join(str(error).split())
+    raise UserError(
+      f"source tfds:{name} is refused by TFDS ({reason}); give tfds:NAME/CONFIG:VERSION as the"
+      " catalogue has them, for example tfds:c4/en:3.1.0."
+    ) from None
+  except ImportError as error:
+    raise UserError(
+      f"source tfds:{name} needs the package {error.name}, which is not installed: pip install"
+      f" {error.name}, or convert the data set to parquet on a machine that has it."
+    ) from None
+
+
+def _import_lazy(family: str) -> None:
+  for pattern in _LAZY:
+    module = "tensorflow_datasets." + pattern.format(family, family.removesuffix("_translate"))
+    try:
+      found = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+      found = None
+    if found is not None:
+      importlib.import_module(module)
+      return
+
+
+def _open_split(builder: Any, split: str) -> _Split:
+  name = split.partition("[")[0]
+  _check_split(builder, name)
+  try:
+    return _RandomAccess(builder.as_data_source(split))
+  except NotImplementedError:
+    if not builder.info.splits:
+      raise _missing(builder) from None
+  except (FileNotFoundError, RuntimeError) as error:
+    raise _missing(builder) from error
+  if name != split:
+    raise UserError(
+      f"the TFDS data set in {builder.data_path} is stored as TFRecord, of which split {split!r}"
+      f" cannot be cut; take the whole split {name!r}, or write the data set as array_record."
+    )
+  return _Sequential(builder, split)
+
+
+def _check_split(builder: Any, name: str) -> None:
+  known = list(builder.info.splits)
+  if known and name not in known:
+    raise UserError(
+      f"the TFDS data set {builder.info.full_name} has no split {name!r};"
+      f" {did_you_mean(name, known)}"
+    )
+
+
+def _missing(builder: Any) -> MissingSourceError:
+  full_name = builder.info.full_name
+  return MissingSourceError(
+    f"the TFDS data set {full_name} is not in {builder.data_path}; write it with"
+    f" tfds build {full_name} --file_format=array_record, or set TFDS_DATA_DIR to where it is."
+  )
+
+
+def _plain(entry: Any) -> Any:
+  """Returns an example with its texts as bytes or str: some readers give arrays of one element."""
+  single = {k: v.item() for k, v in entry.items() if getattr(v, "shape", None) == ()}
+  return {**entry, **single}
