@@ -22,8 +22,9 @@ from moe_jax.moe import (
   RoutingConfig,
   Weighting,
 )
-from moe_jax.moe.dispatch import RaggedRows, TokenSums
+from moe_jax.moe.dispatch import TokenSums, get_dispatcher
 from moe_jax.moe.grouped import grouped_experts
+from moe_jax.moe.groups import from_groups, to_groups
 
 LIMIT_DENSE = "limit_dense"
 LIMIT_BATCHED = "limit_batched"
@@ -139,7 +140,20 @@ def _routings(shape: Shape, form: Dispatch) -> Iterator[RoutingConfig]:
       )
 
 
-def _layer(shape: Shape, form: Dispatch, routing: RoutingConfig) -> MoELayer:
+class _MovedRows(MoELayer):
+  """A layer of experts without products: their rows are looked up and summed."""
+
+  def _apply_experts(self, x, plan, copied, key):
+    dispatcher = get_dispatcher(self.config.dispatch)
+    rows = dispatcher.dispatch(to_groups(x, self.config.routing), plan)
+    args = (rows.x, rows.weight, rows.moves, rows.rows_per_expert, {})
+    sums = TokenSums(grouped_experts(lambda x, *_: x, *args))
+    return from_groups(dispatcher.combine(sums, plan), x.shape)
+
+
+def _layer(
+  shape: Shape, form: Dispatch, routing: RoutingConfig, kind: type[MoELayer] = MoELayer
+) -> MoELayer:
   config = MoEConfig(
     routing,
     hidden_dim=shape.network.hidden_dim,
@@ -147,7 +161,7 @@ def _layer(shape: Shape, form: Dispatch, routing: RoutingConfig) -> MoELayer:
     activation=shape.network.activation,
     dispatch=form,
   )
-  return MoELayer(shape.model_dim, config, key=jax.random.key(1))
+  return kind(shape.model_dim, config, key=jax.random.key(1))
 
 
 def _layer_case(
@@ -158,28 +172,16 @@ def _layer_case(
   x: jax.Array,
   name: str | None = None,
 ) -> Case:
-  graph = nnx.graphdef(nnx.eval_shape(lambda: _layer(shape, form, routing)))
+  kind = _MovedRows if name == NO_EXPERTS else MoELayer
+  graph = nnx.graphdef(nnx.eval_shape(lambda: _layer(shape, form, routing, kind)))
 
   def apply(weights, x):
-    layer = nnx.merge(graph, weights)
-    if name == NO_EXPERTS:
-      layer.experts = _moved_rows
-    y, aux = layer(x, train=True)
+    y, aux = nnx.merge(graph, weights)(x, train=True)
     return y, aux.plan.losses | aux.plan.metrics
 
   capped = routing.overflow == Overflow.DROP
   factor = routing.capacity_factor if capped else None
   return Case(name or form, routing.group_size, factor, weights, x, apply)
-
-
-def _moved_rows(rows: RaggedRows, key: jax.Array | None = None) -> TokenSums:
-  """Stands for experts without products: rows are looked up and summed."""
-
-  def network(x, weights, key, product, last_product):
-    return x
-
-  args = (rows.x, rows.weight, rows.moves, rows.rows_per_expert, {})
-  return TokenSums(grouped_experts(network, *args))
 
 
 def _limit(shape: Shape, form: str, experts: int | None, dtype: jnp.dtype) -> Case:

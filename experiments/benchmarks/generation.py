@@ -100,17 +100,11 @@ def _row(name: str, config: ModelConfig, context: int, seconds: list[list[float]
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--contexts", type=_integers, default=[64, 256, 1024], metavar="A,B")
+  parser.add_argument("--contexts", type=timing.integers, default=[64, 256, 1024], metavar="A,B")
   parser.add_argument("--batch", type=int, default=1, help="sequences (default: 1)")
   parser.add_argument("--rounds", type=int, default=10, help="rounds (default: 10)")
-  parser.add_argument(
-    "--clock", type=timing.Clock, choices=list(timing.Clock), default=timing.Clock.WALL
-  )
+  timing.add_clock(parser)
   return parser.parse_args(argv)
-
-
-def _integers(text: str) -> list[int]:
-  return [int(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -201,13 +201,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
   parser.add_argument(
     "--rounds", type=_positive, default=20, help="interleaved rounds (default: 20)"
   )
-  parser.add_argument(
-    "--clock",
-    type=timing.Clock,
-    choices=list(timing.Clock),
-    default=timing.Clock.WALL,
-    help="what a second is (default: wall)",
-  )
+  timing.add_clock(parser)
   parser.add_argument(
     "--dtype",
     choices=("float32", "bfloat16"),

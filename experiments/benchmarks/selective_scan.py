@@ -117,16 +117,10 @@ def _row(length, backward, programs, seconds, growth) -> str:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--lengths", type=_integers, default=[2**n for n in range(10, 15)])
+  parser.add_argument("--lengths", type=timing.integers, default=[2**n for n in range(10, 15)])
   parser.add_argument("--rounds", type=int, default=5, help="rounds (default: 5)")
-  parser.add_argument(
-    "--clock", type=timing.Clock, choices=list(timing.Clock), default=timing.Clock.WALL
-  )
+  timing.add_clock(parser)
   return parser.parse_args(argv)
-
-
-def _integers(text: str) -> list[int]:
-  return [int(part) for part in text.split(",")]
 
 
 if __name__ == "__main__":

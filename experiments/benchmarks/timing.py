@@ -1,5 +1,6 @@
 """Interleaved timing: rounds that run every case once, so that a slow minute hits all alike."""
 
+import argparse
 import dataclasses
 import enum
 import statistics
@@ -18,6 +19,22 @@ class Clock(enum.StrEnum):
 
 
 _NOW = {Clock.WALL: time.perf_counter, Clock.PROCESS: time.process_time}
+
+
+def add_clock(parser: argparse.ArgumentParser) -> None:
+  """Adds the flag --clock."""
+  parser.add_argument(
+    "--clock",
+    type=Clock,
+    choices=list(Clock),
+    default=Clock.WALL,
+    help="what a second is (default: wall)",
+  )
+
+
+def integers(text: str) -> list[int]:
+  """Reads a flag's comma-separated numbers."""
+  return [int(part) for part in text.split(",")]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,18 +5,15 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from moe_jax.commands.tables import WIDTH, compact, plain_table
 from moe_jax.config import dataclass_from, section
 from moe_jax.data.config import DataConfig
 from moe_jax.errors import UserError
 from moe_jax.planning.plan import Plan, plan_model
 from moe_jax.training.config import ExperimentConfig, model_from
-
-_WIDTH = 100
-_UNITS = ("", "K", "M", "G", "T", "P", "E")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +33,14 @@ class _Call:
 
 
 def plan(args: SimpleNamespace) -> None:
-  """Prints what the model of a config costs, as a table or as JSON."""
+  """Prints what the model of a config costs, as a table or as JSON; on a pod with `--topology`."""
+  _check_pod_flags(args)
+  if args.topology is not None:
+    # Imported late: compiling for TPUs needs what counting does not.
+    from moe_jax.commands.pod_planning import plan_on_pod, search_on_pod
+
+    (search_on_pod if args.search else plan_on_pod)(args)
+    return
   mapping = args.config.to_dict()
   call = _call_of(mapping)
   result = plan_model(
@@ -48,10 +52,27 @@ def plan(args: SimpleNamespace) -> None:
   if args.json:
     print(json.dumps({"config": args.config_source} | dataclasses.asdict(result), indent=2))
     return
-  console = Console(width=_WIDTH, highlight=False, color_system=None)
+  console = Console(width=WIDTH, highlight=False, color_system=None)
   console.print(f"{args.config_source}")
   console.print(_parts(result))
   console.print(_costs(result))
+
+
+def _check_pod_flags(args: SimpleNamespace) -> None:
+  """Refuses flags that only a topology gives a meaning."""
+  if args.batch is not None and args.batch < 1:
+    raise UserError(f"--batch={args.batch} is refused: it must be at least 1")
+  if args.topology is not None:
+    if args.search and args.layout is not None:
+      raise UserError(
+        f"--layout={args.layout} is refused with --search, which tries layouts itself: leave one of"
+        " them out"
+      )
+    return
+  given = {name: getattr(args, name) for name in ("search", "layout", "batch", "dispatch")}
+  for name, value in {**given, "slices": args.slices != 1}.items():
+    if value:
+      raise UserError(f"--{name} plans a pod: give --topology too, for example v5p:4x4x4")
 
 
 def _call_of(mapping: dict[str, Any]) -> _Call:
@@ -60,28 +81,21 @@ def _call_of(mapping: dict[str, Any]) -> _Call:
   return dataclass_from(_Call, {name: given[name] for name in names if name in given})
 
 
-def _table(*columns: str) -> Table:
-  table = Table(box=SIMPLE_HEAD, pad_edge=False)
-  for i, column in enumerate(columns):
-    table.add_column(column, justify="right" if i else "left", no_wrap=True)
-  return table
-
-
 def _parts(plan: Plan) -> Table:
   """Returns parameters and FLOPs of the forward pass by component."""
-  table = _table("parameters", "total", "active", "FLOPs a token")
+  table = plain_table("parameters", "total", "active", "FLOPs a token")
   flops = dict(plan.flops_per_token_forward_by_component)
   for name, part in plan.components.items():
     total, active = part["total_parameters"], part["active_parameters"]
-    table.add_row(_words(name), f"{total:,}", f"{active:,}", _compact(flops.pop(name, 0.0)))
+    table.add_row(_words(name), f"{total:,}", f"{active:,}", compact(flops.pop(name, 0.0)))
   for name, value in flops.items():
-    table.add_row(_words(name), "", "", _compact(value))
+    table.add_row(_words(name), "", "", compact(value))
   table.add_section()
   table.add_row(
     "all",
     f"{plan.total_parameters:,}",
     f"{plan.active_parameters:,}",
-    _compact(plan.flops_per_token_forward),
+    compact(plan.flops_per_token_forward),
   )
   without = plan.active_parameters_without_input_embedding
   table.add_row("without input embedding", "", f"{without:,}", "")
@@ -96,18 +110,18 @@ def _parts(plan: Plan) -> Table:
 def _costs(plan: Plan) -> Table:
   """Returns FLOPs and bytes of the whole model."""
   L, B = plan.sequence_length, plan.batch_size
-  table = _table("cost", "", "")
+  table = plain_table("cost", "", "")
   rows = [
-    ("forward FLOPs a token", _compact(plan.flops_per_token_forward), f"{L:,} tokens a sequence"),
-    ("training FLOPs a token", _compact(plan.flops_per_token_training), "forward and backward"),
+    ("forward FLOPs a token", compact(plan.flops_per_token_forward), f"{L:,} tokens a sequence"),
+    ("training FLOPs a token", compact(plan.flops_per_token_training), "forward and backward"),
     ("cache bytes a token", f"{plan.cache_bytes_per_token:,}", "in the dtype of activations"),
-    ("weight bytes", _compact(plan.weight_bytes), "float32"),
-    ("gradient bytes", _compact(plan.gradient_bytes), "float32"),
-    ("optimizer bytes", _compact(plan.optimizer_bytes), "AdamW, float32"),
+    ("weight bytes", compact(plan.weight_bytes), "float32"),
+    ("gradient bytes", compact(plan.gradient_bytes), "float32"),
+    ("optimizer bytes", compact(plan.optimizer_bytes), "AdamW, float32"),
   ]
   further = plan.multi_token_prediction_flops_per_token_training
   if further:
-    rows.insert(2, ("multi-token FLOPs", _compact(further), "in training, on top"))
+    rows.insert(2, ("multi-token FLOPs", compact(further), "in training, on top"))
   if plan.encoded_cache_bytes_per_token:
     read = f"{plan.encoded_cache_bytes_per_token:,}"
     rows.insert(-3, ("cache bytes a token read", read, "of the encoder's output"))
@@ -116,13 +130,13 @@ def _costs(plan: Plan) -> Table:
     rows.insert(-3, ("cache bytes a sequence", kept, "states, whatever its length"))
   tower = plan.vision_flops_per_image_token_forward
   if tower:
-    rows.insert(1, ("vision FLOPs an image token", _compact(tower), "forward, on top"))
+    rows.insert(1, ("vision FLOPs an image token", compact(tower), "forward, on top"))
   if plan.dispatch_form is not None:
     form = f"dispatch = {plan.dispatch_form}, batch of {B}"
     before = [row[0] for row in rows].index("cache bytes a token")
     extra = plan.dispatch_flops_per_token_forward + plan.empty_slot_flops_per_token_forward
     rows.insert(before, ("rows experts compute a token", f"{plan.slots_per_token:.4g}", form))
-    rows.insert(before + 1, ("FLOPs of moves, empty slots", _compact(extra), "forward, on top"))
+    rows.insert(before + 1, ("FLOPs of moves, empty slots", compact(extra), "forward, on top"))
   for row in rows:
     table.add_row(*row)
   table.columns[2].justify = "left"
@@ -131,11 +145,3 @@ def _costs(plan: Plan) -> Table:
 
 def _words(name: str) -> str:
   return name.replace("_", " ")
-
-
-def _compact(value: float) -> str:
-  """Writes a number with four digits and a decimal unit: 46702792704 -> 46.70 G."""
-  power = 0
-  while abs(value) >= 999.95 and power < len(_UNITS) - 1:
-    value, power = value / 1000, power + 1
-  return f"{value:#.4g} {_UNITS[power]}" if power else f"{value:.4g}"

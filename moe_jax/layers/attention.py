@@ -144,7 +144,16 @@ class Attention(nnx.Module):
       bias = self.relative_bias[...].T[:, context.buckets]
     if self.config.sinks:
       sinks = self.sinks[...]
-    heads = attend(q, k, v, context.mask, scale=self.config.scale, bias_HBLM=bias, sinks_H=sinks)
+    heads = attend(
+      q,
+      k,
+      v,
+      context.mask,
+      scale=self.config.scale,
+      bias_HBLM=bias,
+      sinks_H=sinks,
+      block=self.config.query_block,
+    )
     out = jnp.einsum("BLHK,HKD->BLD", heads, self.out[...].astype(x.dtype))
     if self.config.out_bias:
       out += like(self.out_bias[...], out)

@@ -5,6 +5,7 @@ import enum
 import math
 
 from moe_jax.choices import as_choice
+from moe_jax.config.bounds import below
 from moe_jax.errors import UserError
 from moe_jax.layers.rope_scaling import RopeScaling
 
@@ -66,6 +67,8 @@ class AttentionConfig:
     query_temperature_floor, query_temperature_scale: queries are multiplied by
       log(1 + floor((position + 1) / floor)) * scale + 1 (Llama 4, after arXiv 2501.19399); without
       a floor they are not.
+    query_block: queries whose products with all keys are in memory at a time, computed once more in
+      the backward pass; None = all. The same result, less memory for a little more work.
   """
 
   num_heads: int
@@ -90,12 +93,14 @@ class AttentionConfig:
   sinks: bool = False
   query_temperature_floor: int | None = None
   query_temperature_scale: float = 0.1
+  query_block: int | None = None
 
   def __post_init__(self):
     choices = {"positions": Positions, "rotary_layout": RotaryLayout, "qk_norm": QKNorm}
     for name, kind in choices.items():
       object.__setattr__(self, name, as_choice(kind, name, getattr(self, name)))
     check_at_least_one(self, "num_heads", "num_kv_heads", "head_dim")
+    below(self, 2**31, "num_heads")
     if self.num_heads % self.num_kv_heads:
       raise UserError(
         f"num_kv_heads = {self.num_kv_heads} does not divide num_heads ="
@@ -142,6 +147,7 @@ class AttentionConfig:
         )
 
   def _check_sight(self) -> None:
+    check_block(self)
     for name in ("window", "chunk"):
       if getattr(self, name) is not None and getattr(self, name) < 1:
         raise UserError(
@@ -186,8 +192,9 @@ class AttentionConfig:
     return self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
 
   def _nearest_divisor(self) -> int:
-    divisors = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
-    return min(divisors, key=lambda n: abs(n - self.num_kv_heads))
+    small = [n for n in range(1, math.isqrt(self.num_heads) + 1) if self.num_heads % n == 0]
+    divisors = {*small, *(self.num_heads // n for n in small)}
+    return min(sorted(divisors), key=lambda n: abs(n - self.num_kv_heads))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +213,7 @@ class LatentAttentionConfig:
     query_rank: width of the queries' latent; None = queries are projected directly (V2-Lite).
     rope_theta, rotary_layout, rope_scaling: as in `AttentionConfig`.
     norm_epsilon: of the RMSNorms of the latents; 1e-6 in all releases, whatever the model's.
+    query_block: as in `AttentionConfig`.
   """
 
   num_heads: int
@@ -218,6 +226,7 @@ class LatentAttentionConfig:
   rotary_layout: RotaryLayout = RotaryLayout.PAIRS
   rope_scaling: RopeScaling | None = None
   norm_epsilon: float = 1e-6
+  query_block: int | None = None
 
   def __post_init__(self):
     layout = as_choice(RotaryLayout, "rotary_layout", self.rotary_layout)
@@ -228,6 +237,7 @@ class LatentAttentionConfig:
         f"query_rank = {self.query_rank} is refused: it must be at least 1, or None for a direct"
         " projection"
       )
+    check_block(self)
     if self.rope_dim % 2:
       raise UserError(
         f"rope_dim = {self.rope_dim} is odd; rotary positions need an even width,"
@@ -242,6 +252,15 @@ class LatentAttentionConfig:
     """Returns what query-key products are multiplied by."""
     factor = 1.0 if self.rope_scaling is None else self.rope_scaling.softmax_factor
     return (self.nope_dim + self.rope_dim) ** -0.5 * factor
+
+
+def check_block(config: AttentionConfig | LatentAttentionConfig) -> None:
+  """Raises UserError for a block without queries."""
+  if config.query_block is not None and config.query_block < 1:
+    raise UserError(
+      f"query_block = {config.query_block} is refused: it must be at least 1, or None for all"
+      " queries at once"
+    )
 
 
 def check_at_least_one(config, *names: str) -> None:

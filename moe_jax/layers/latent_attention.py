@@ -79,12 +79,12 @@ class LatentAttention(nnx.Module):
     else:
       self.query_down = projection((model_dim, c.query_rank), ("embed", "latent"))
       self.query_norm = RMSNorm(c.query_rank, c.norm_epsilon)
-      self.query_up = projection((c.query_rank, *query_shape), ("latent", *heads))
+      self.query_up = projection((c.query_rank, *query_shape), ("latent_in", *heads))
     self.latent_down = projection((model_dim, c.kv_rank), ("embed", "latent"))
     self.latent_norm = RMSNorm(c.kv_rank, c.norm_epsilon)
     self.rope_key = projection((model_dim, c.rope_dim), ("embed", "head_dim"))
-    self.key_up = projection((c.kv_rank, c.num_heads, c.nope_dim), ("latent", *heads))
-    self.value_up = projection((c.kv_rank, c.num_heads, c.value_dim), ("latent", *heads))
+    self.key_up = projection((c.kv_rank, c.num_heads, c.nope_dim), ("latent_in", *heads))
+    self.value_up = projection((c.kv_rank, c.num_heads, c.value_dim), ("latent_in", *heads))
     out_shape = (c.num_heads, c.value_dim, model_dim)
     self.out = projection(out_shape, (*heads, "embed"), fan_in=c.num_heads * c.value_dim)
 
@@ -144,7 +144,8 @@ class LatentAttention(nnx.Module):
     shared = jnp.broadcast_to(rope_key_BMK[:, :, None], (*keys.shape[:-1], rope_key_BMK.shape[-1]))
     queries = jnp.concatenate([nope, rope], axis=-1)
     keys = jnp.concatenate([keys, shared], axis=-1)
-    return attend(queries, keys, values, mask, scale=self.config.scale)
+    c = self.config
+    return attend(queries, keys, values, mask, scale=c.scale, block=c.query_block)
 
   def _absorbed(self, nope, rope, latent_BMR, rope_key_BMK, mask) -> jax.Array:
     """Returns the same with one key-value head, whose values are the latents."""

@@ -157,15 +157,16 @@ def feed_forward_weights(
 ) -> dict[str, nnx.Param]:
   """Makes the weights of one network, or of `experts` networks stacked on a leading axis.
 
-  The hidden axis is named "expert_mlp" in experts, so that a table can shard it apart from "mlp".
+  Experts' axes are named "expert_embed" and "expert_mlp", so that a table can split them apart from
+  those of dense networks.
   """
   names = ("gate", "up", "down") if config.gated else ("up", "down")
-  lead_shape, lead_axes, hidden = (
-    ((), (), "mlp") if experts is None else ((experts,), ("expert",), "expert_mlp")
-  )
+  lead_shape, lead_axes, own_axes = (), (), ("embed", "mlp")
+  if experts is not None:
+    lead_shape, lead_axes, own_axes = (experts,), ("expert",), ("expert_embed", "expert_mlp")
   weights = {}
   for name, name_key in zip(names, jax.random.split(key, len(names)), strict=True):
-    shape, axes = (model_dim, config.hidden_dim), ("embed", hidden)
+    shape, axes = (model_dim, config.hidden_dim), own_axes
     if name == "down":
       shape, axes = shape[::-1], axes[::-1]
     weights[name] = parameter(

@@ -14,10 +14,15 @@ times as fast. Forward-mode differentiation is therefore not available.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from moe_jax.sharding.context import current_layout
+from moe_jax.sharding.layout import Layout
 
 # On a TPU the default would round the float32 state to bfloat16.
 _product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
@@ -61,11 +66,38 @@ def selective_scan(
     state_BNI: the state before the first token.
     chunk: T, at most L is used; it changes time and memory, not the result.
   """
-  L = x_BLI.shape[1]
-  T = max(1, min(chunk, L))
   tokens = _Tokens(x_BLI, step_BLI, write_BLN, read_BLN, starts_BL)
+  run, layout = functools.partial(_along, chunk), current_layout()
+  if layout is not None and layout.parts("channels") > 1:
+    run = _by_channels(run, layout, x_BLI.shape)
+  return run(decay_NI, state_BNI, tokens)
+
+
+def _along(chunk: int, decay_NI, state_BNI, tokens: _Tokens) -> tuple[jax.Array, jax.Array]:
+  """Scans the whole length; tokens are (B, L, ...)."""
+  L = tokens.x.shape[1]
+  T = max(1, min(chunk, L))
   y, state_BNI = _scan(decay_NI, state_BNI, jax.tree.map(lambda a: _in_chunks(a, T), tokens))
   return y.reshape(-1, *y.shape[2:])[:L].swapaxes(0, 1), state_BNI
+
+
+def _by_channels(run: Callable, layout: Layout, shape: tuple[int, ...]) -> Callable:
+  """Returns `run` with whole sequences on every device, of its own channels.
+
+  Channels know nothing of each other, and the length is the one axis that a scan cannot be split
+  over: two all-to-alls exchange the parts. Nor is there a sum over devices inside the scan, but one
+  after it, of the gradients of writes and reads.
+  """
+  batch, _, channels = layout.spec(("batch", None, "channels"), shape, "the selective scan")
+  wide, narrow = PartitionSpec(batch, None, channels), PartitionSpec(batch)
+  tokens = _Tokens(x=wide, step=wide, write=narrow, read=narrow, starts=narrow)
+  return jax.shard_map(
+    run,
+    mesh=layout.mesh,
+    in_specs=(PartitionSpec(None, channels), wide, tokens),
+    out_specs=(wide, wide),
+    check_vma=False,
+  )
 
 
 def _in_chunks(a: jax.Array, T: int) -> jax.Array:

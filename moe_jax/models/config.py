@@ -19,6 +19,9 @@ from moe_jax.moe.layer import MoEConfig
 from moe_jax.moe.options import Overflow
 from moe_jax.moe.registry import Chooser
 
+# Each is a block of its own in the program, whose compilation takes so much longer.
+_MOST_FURTHER = 16
+
 MixerConfig = AttentionConfig | LatentAttentionConfig | MambaConfig
 
 
@@ -151,6 +154,10 @@ class ModelConfig:
       raise UserError(
         f"mtp_depth = {self.mtp_depth} with mtp_loss_weight = {self.mtp_loss_weight} is refused:"
         " both must be 0 or greater"
+      )
+    if self.mtp_depth > _MOST_FURTHER:
+      raise UserError(
+        f"mtp_depth = {self.mtp_depth} is refused: it must be at most {_MOST_FURTHER}"
       )
     self._check_encoder()
     self._check_vision()

@@ -20,6 +20,7 @@ from moe_jax.models.multi_token import MultiTokenModule, look_ahead
 from moe_jax.models.stack import CROSS, Record, SegmentCache, Stack
 from moe_jax.models.vision import VisionTower, image_places, place_images
 from moe_jax.moe.layer import NO_INPUTS, RouterInputs, TokenInfo
+from moe_jax.sharding.context import constrain
 
 
 @jax.tree_util.register_dataclass
@@ -284,10 +285,11 @@ class Decoder(Stack):
 
   def _logits(self, x: jax.Array) -> jax.Array:
     head = self.embedding[...].T if self.config.tie_embeddings else self.head[...]
-    logits = jnp.matmul(x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+    head = constrain(head.astype(x.dtype), ("embed", "vocab"))
+    logits = jnp.matmul(x, head, preferred_element_type=jnp.float32)
     if self.config.head_bias:
       logits += like(self.head_bias[...], logits)
-    return logits / self.config.logits_divisor
+    return constrain(logits, ("batch", "length", "vocab")) / self.config.logits_divisor
 
   def check_key(self, train: bool, key: jax.Array | None) -> None:
     """Refuses training without a key that the model needs."""

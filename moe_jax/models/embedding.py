@@ -7,6 +7,8 @@ from flax import nnx
 from moe_jax.layers.parameters import parameter
 from moe_jax.layers.sinusoidal import sinusoidal_embedding
 from moe_jax.models.config import ModelConfig, PositionEmbedding
+from moe_jax.sharding.context import constrain
+from moe_jax.sharding.local import look_up_rows
 
 
 def make_embedding(config: ModelConfig, key: jax.Array) -> nnx.Param:
@@ -33,9 +35,8 @@ def embed_tokens(
   """
   # An id outside the vocabulary must not pass for a word.
   ids = jnp.where(mask, ids, 0)
-  rows = table.at[ids].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-  x = rows.astype(config.dtype) * config.embedding_multiplier
+  x = look_up_rows(table, ids).astype(config.dtype) * config.embedding_multiplier
   if config.position_embedding == PositionEmbedding.SINUSOIDAL:
     places = sinusoidal_embedding(positions + config.position_offset, config.model_dim)
     x = x + places.astype(x.dtype)
-  return x
+  return constrain(x, ("batch", "length", None))

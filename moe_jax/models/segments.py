@@ -14,6 +14,8 @@ MIXERS = {
 }
 FEED_FORWARDS = {"dense": "mlp", "moe": "moe"}
 DEPTH = "depth"
+# Blocks are scanned, and yet listed one by one where they are counted, converted and planned.
+_MOST_BLOCKS = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,8 @@ def parse_segment(segment) -> Segment:
   pattern, repeats = segment
   if repeats < 1 or not pattern.split():
     raise UserError(f"segment {segment!r} is empty: give at least one block and one repeat")
+  if repeats * len(pattern.split()) > _MOST_BLOCKS:
+    raise UserError(f"segment {segment!r} has too many blocks: give at most {_MOST_BLOCKS}")
   return Segment(tuple(_parse_block(block) for block in pattern.split()), repeats)
 
 

@@ -15,6 +15,9 @@ from moe_jax.models.config import DEPTH, ModelConfig, NormPlacement, Remat, Segm
 from moe_jax.models.depths import DepthAux, DepthBlock, DepthCache
 from moe_jax.models.mixers import Cache, Context, empty_cache, mixer_contexts
 from moe_jax.moe.layer import NO_INPUTS, MoEAux, RouterInputs, TokenInfo
+from moe_jax.sharding.context import constrain, current_layout
+from moe_jax.sharding.local import in_dtype
+from moe_jax.sharding.pipeline import num_stages, through_stages
 
 # The key of `contexts` under which attention to an encoder's output has its own.
 CROSS = "cross"
@@ -72,19 +75,25 @@ class ScannedSegment(nnx.Module):
     """
     graphdef, state = nnx.split(self.blocks)
     keys = None if key is None else jax.random.split(key, self.repeats)
-    own, encoded = [contexts[word] for word in self.mixers], contexts.get(CROSS)
     by_repeat = jax.tree.map(lambda a: a.reshape(self.repeats, -1, *a.shape[1:]), inputs)
+    own = [contexts[word] for word in self.mixers], contexts.get(CROSS), tokens
+    layout, of_layers = current_layout(), (cache, by_repeat, keys)
 
-    def body(x, per_repeat):
-      state, cache, inputs, key = per_repeat
-      blocks = nnx.merge(graphdef, state)
-      return _run_pattern(
-        blocks, x, own, encoded, tokens, cache, inputs=inputs, key=key, train=train
-      )
+    def run(state, x, of_layers, own):
+      def body(x, per_repeat):
+        state, (cache, inputs, key) = per_repeat
+        x = constrain(x, ("batch", "length", None))
+        blocks = nnx.merge(graphdef, in_dtype(state, x.dtype))
+        return _run_pattern(blocks, x, *own, cache, inputs=inputs, key=key, train=train)
 
-    if self.remat != Remat.NONE:
-      body = jax.checkpoint(body, policy=_REMAT_POLICIES[self.remat])
-    x, (new, aux) = jax.lax.scan(body, x, (state, cache, by_repeat, keys), unroll=self.unroll)
+      if self.remat != Remat.NONE:
+        body = jax.checkpoint(body, policy=_REMAT_POLICIES[self.remat])
+      return jax.lax.scan(body, x, (state, of_layers), unroll=self.unroll)
+
+    if num_stages(layout) == 1:
+      x, (new, aux) = run(state, x, of_layers, own)
+    else:
+      x, (new, aux) = through_stages(run, layout, state, x, of_layers, own)
     records = [record for i in range(self.repeats) for record in _take(aux, i)]
     return x, _with_encoded(cache, new), records
 

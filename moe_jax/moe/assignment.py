@@ -15,6 +15,7 @@ from moe_jax.moe.registry import (
   register_selection,
 )
 from moe_jax.moe.selection import ask, top_k
+from moe_jax.sharding.local import row_top_k
 
 
 @register_selection("expert_choice", chooser=Chooser.EXPERT, causal=False)
@@ -26,7 +27,7 @@ def expert_choice(view: SelectView, config: RoutingConfig) -> ExpertChoice:
   """
   real_GS1 = view.mask[..., None]
   wanted_GES = jnp.where(real_GS1, view.scores, -jnp.inf).swapaxes(1, 2)
-  score_GEC, token_GEC = jax.lax.top_k(wanted_GES, view.capacity)
+  score_GEC, token_GEC = row_top_k(wanted_GES, view.capacity)
   return ExpertChoice(token_GEC.astype(jnp.int32), score_GEC > -jnp.inf)
 
 
@@ -39,7 +40,7 @@ def sinkhorn(view: SelectView, config: RoutingConfig) -> TokenChoice:
   if not view.train:
     return top_k(view, config)
   balanced_GSE = sinkhorn_logits(view.logits, view.mask, config.sinkhorn_iterations)
-  return ask(jax.lax.top_k(balanced_GSE, config.top_k)[1])
+  return ask(row_top_k(balanced_GSE, config.top_k)[1])
 
 
 def sinkhorn_logits(logits_GSE: jax.Array, mask_GS: jax.Array, iterations: int) -> jax.Array:

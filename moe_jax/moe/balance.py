@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from moe_jax.moe.config import RoutingConfig
 from moe_jax.moe.options import BiasUpdate
+from moe_jax.sharding.local import row_top_k
 
 # Repeated multiplication must end neither at 0, which no factor leaves again, nor at infinity.
 _SCALE_RANGE = (1e-12, 1e12)
@@ -62,7 +63,7 @@ def quantile_bias(
     config: `num_experts` and `top_k` are read.
   """
   E, K = config.num_experts, config.top_k
-  alpha_GS1 = jax.lax.top_k(ranking_GSE, K + 1)[0][..., K:]
+  alpha_GS1 = row_top_k(ranking_GSE, K + 1)[0][..., K:]
   margin_GSE = jnp.where(mask_GS[..., None], scores_GSE[..., :E] - alpha_GS1, -jnp.inf)
   ascending = jnp.sort(margin_GSE.reshape(-1, E), axis=0)
   # There are T margins: an (T+1)-th largest would be that of padding, minus infinity.

@@ -112,12 +112,12 @@ def resolve_kernel(kernel: GroupedKernel) -> GroupedKernel:
   A program compiled ahead of time for another platform than the default one has to name its kernel.
   """
   kernel = as_choice(GroupedKernel, "grouped_kernel", kernel)
-  return _of_platform(jax.default_backend()) if kernel == GroupedKernel.AUTO else kernel
+  return platform_kernel(jax.default_backend()) if kernel == GroupedKernel.AUTO else kernel
 
 
 @functools.cache
-def _of_platform(platform: str) -> GroupedKernel:
-  """Returns the platform's kernel and, as results are cached, logs it once a process."""
+def platform_kernel(platform: str) -> GroupedKernel:
+  """Returns what `auto` means on a platform and, as results are cached, logs it once a process."""
   kernel = _BY_PLATFORM.get(platform, GroupedKernel.BLOCKED)
   logging.info("grouped_kernel = auto: using %s on platform %s", kernel, platform)
   return kernel

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from moe_jax.sharding.local import row_top_k
+
 
 def hugging_face_load_balance_loss(
   router_logits: Sequence[jax.Array], top_k: int, *, token_mask: jax.Array | None = None
@@ -27,7 +29,7 @@ def hugging_face_load_balance_loss(
   if token_mask is not None:
     real_N = jnp.tile(token_mask.reshape(-1), len(router_logits))
   probs_NE = jax.nn.softmax(logits_NE, axis=-1)
-  chosen_NE = jax.nn.one_hot(jax.lax.top_k(probs_NE, top_k)[1], experts).sum(axis=1)
+  chosen_NE = jax.nn.one_hot(row_top_k(probs_NE, top_k)[1], experts).sum(axis=1)
   f_E = jnp.mean(chosen_NE, axis=0, where=real_N[:, None])
   P_E = jnp.mean(probs_NE, axis=0, where=real_N[:, None])
   return experts * jnp.sum(f_E * P_E)

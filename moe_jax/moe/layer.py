@@ -13,15 +13,19 @@ from moe_jax.layers.dropout import split_key
 from moe_jax.layers.mlp import Activation, FeedForward, FeedForwardConfig
 from moe_jax.layers.parameters import parameter
 from moe_jax.moe.config import RoutingConfig
-from moe_jax.moe.dispatch import Dispatch, get_dispatcher
-from moe_jax.moe.experts import Experts
+from moe_jax.moe.dispatch import Dispatch
+from moe_jax.moe.expert_parallel import expert_parallel
+from moe_jax.moe.experts import ExpertForm, Experts, apply_plan
 from moe_jax.moe.grouped import GroupedKernel
 from moe_jax.moe.groups import from_groups, to_groups
 from moe_jax.moe.losses import loss_weights
+from moe_jax.moe.options import Overflow
 from moe_jax.moe.plan import DensePlan, RoutingPlan
 from moe_jax.moe.registry import Chooser
+from moe_jax.moe.replicas import Replica, fetch_copies, replicate_plan, table_of_copies
 from moe_jax.moe.router import Router, RouterInit
 from moe_jax.moe.routing import route
+from moe_jax.sharding.context import current_layout
 
 
 class SharedCombine(enum.StrEnum):
@@ -118,6 +122,10 @@ class MoEConfig:
       self.clamp,
     )
 
+  def expert_form(self) -> ExpertForm:
+    """Returns how experts are reached and computed."""
+    return ExpertForm(self.feed_forward(), self.dispatch, self.grouped_kernel)
+
   def shared_feed_forward(self) -> FeedForwardConfig:
     """Returns the config of the shared experts as one network."""
     return dataclasses.replace(self.feed_forward(), hidden_dim=self.shared_hidden_dim)
@@ -153,10 +161,13 @@ class RouterInputs:
     global_load: (E,) float32 or longer, the load fractions of the whole optimiser step, see
       `moe_jax.moe.routing.route`; None for those of the call.
     expert_ids: (B, L, K) int32, the experts that `selection = replay` forces; None without.
+    copied: (spare,) int32, the experts that spare slots hold copies of where a mesh splits experts,
+      see `moe_jax.moe.replicas.table_of_copies`; changes no result. None without.
   """
 
   global_load: jax.Array | None = None
   expert_ids: jax.Array | None = None
+  copied: jax.Array | None = None
 
 
 NO_INPUTS = RouterInputs()
@@ -215,7 +226,6 @@ class MoELayer(nnx.Module):
       config.feed_forward(),
       key=experts_key,
       scale=init_scale,
-      kernel=config.grouped_kernel,
     )
     if config.shared_hidden_dim:
       self.shared = SharedExperts(
@@ -258,7 +268,7 @@ class MoELayer(nnx.Module):
     logits, noise_std = self.router(x, key=jitter_key)
     tokens = TokenInfo(mask, token_ids, segment_ids)
     plan = self._route(logits, noise_std, tokens, inputs, select_key, train)
-    y = self._apply_experts(x, plan, dropout_key)
+    y = self._apply_experts(x, plan, inputs.copied, dropout_key)
     if self.config.shared_hidden_dim:
       y = jnp.where(mask[..., None], self.shared(x, y, key=shared_key), 0)
     return y, MoEAux(logits, plan, self._weighted(plan.losses))
@@ -293,14 +303,24 @@ class MoELayer(nnx.Module):
     # Padding may hold any id.
     return self.router.table[...].at[ids].get(mode="clip")
 
-  def _apply_experts(self, x, plan, key):
-    dispatcher = get_dispatcher(self.config.dispatch)
-    x_GSD = to_groups(x, self.config.routing)
-    with jax.named_scope("dispatch"):
-      rows = dispatcher.dispatch(x_GSD, plan)
-    rows = self.experts(rows, key=key)
-    with jax.named_scope("combine"):
-      y_GSD = dispatcher.combine(rows, plan)
+  def _apply_experts(self, x, plan, copied, key):
+    x_GSD, layout, weights = (
+      to_groups(x, self.config.routing),
+      current_layout(),
+      self.experts.arrays(),
+    )
+    form, axes, used = self.config.expert_form(), self.experts.axes(), plan
+    if layout is None:
+      y_GSD = apply_plan(x_GSD, plan, weights, key, form)
+    else:
+      if copied is not None and layout.parts("expert") > 1:
+        weights = {name: value.astype(x.dtype) for name, value in weights.items()}
+        weights = fetch_copies(weights, copied, axes, layout)
+        table = table_of_copies(copied, plan.num_experts, layout.parts("expert"))
+        # Dropless routing has not counted the queues that `even` reads.
+        dropless = self.config.routing.overflow == Overflow.DROPLESS
+        used = replicate_plan(plan, table, replica=Replica.TOKEN if dropless else Replica.EVEN)
+      y_GSD = expert_parallel(x_GSD, used, weights, axes, key, form, layout)
     if isinstance(plan, RoutingPlan) and plan.identity is not None:
       y_GSD = y_GSD + (plan.identity[..., None] * x_GSD).astype(x.dtype)
     return from_groups(y_GSD, x.shape)

@@ -21,6 +21,7 @@ from moe_jax.moe.options import (
   LossPadding,
 )
 from moe_jax.moe.segments import segment_runs, sum_by_run
+from moe_jax.sharding.local import row_top_k
 
 
 def loss_weights(config: RoutingConfig) -> dict[str, float]:
@@ -179,7 +180,7 @@ def load_threshold(noisy_GSE: jax.Array, config: RoutingConfig) -> jax.Array:
   """Returns the noisy logit (G, S, E) that each expert must exceed; -inf with K = E."""
   K, E = config.top_k, noisy_GSE.shape[-1]
   exclude = config.load_threshold == LoadThreshold.EXCLUDE_SELF
-  top = jax.lax.top_k(noisy_GSE, min(K + 1, E))[0]
+  top = row_top_k(noisy_GSE, min(K + 1, E))[0]
   kth = top[..., K - 1 : K]
   if not exclude:
     return jnp.broadcast_to(kth, noisy_GSE.shape)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from moe_jax.moe.config import RoutingConfig
 from moe_jax.moe.options import DropOrder, Overflow, Priority
+from moe_jax.sharding.local import row_top_k
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +121,7 @@ def _places(expert_GN, asked_GN, config):
 def _reroute(order, expert_GSK, slot_GSK, asked_GSK, ranking_GSE, capacity):
   """Lets every assignment without a slot ask the next best expert its token has not selected."""
   config, E = order.config, ranking_GSE.shape[-1]
-  ranked_score_GSE, ranked_GSE = jax.lax.top_k(ranking_GSE, E)
+  ranked_score_GSE, ranked_GSE = row_top_k(ranking_GSE, E)
 
   def attempt(_, state):
     expert_GSK, slot_GSK, next_GS = state

@@ -7,6 +7,7 @@ from moe_jax.errors import UserError
 from moe_jax.moe.config import RoutingConfig
 from moe_jax.moe.options import GroupScore, Noise, Score
 from moe_jax.moe.weights import normalize
+from moe_jax.sharding.local import row_top_k
 
 
 def softmax_scores(logits: jax.Array) -> jax.Array:
@@ -112,7 +113,7 @@ def limit_to_groups(ranking_GSE: jax.Array, config: RoutingConfig) -> jax.Array:
   if config.group_score == GroupScore.MAX:
     group_score = jnp.max(grouped, axis=-1)
   else:
-    group_score = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
-  _, best = jax.lax.top_k(group_score, config.top_expert_groups)
+    group_score = jnp.sum(row_top_k(grouped, 2)[0], axis=-1)
+  _, best = row_top_k(group_score, config.top_expert_groups)
   allowed = jnp.any(jax.nn.one_hot(best, groups, dtype=bool), axis=-2)
   return jnp.where(allowed[..., None], grouped, -jnp.inf).reshape(ranking_GSE.shape)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fractions
+import functools
 
 from moe_jax.models import ModelConfig
 from moe_jax.models.config import DEPTH, NormPlacement
@@ -110,8 +111,10 @@ class ParameterCount:
     return self.components.get(name, Component()).total
 
 
+# A search asks for the same few models a thousand times.
+@functools.lru_cache(maxsize=64)
 def count_parameters(config: ModelConfig) -> ParameterCount:
-  """Counts the parameters of a config."""
+  """Counts the parameters of a config; the result is shared, so leave its parts as they are."""
   parts = dict.fromkeys(COMPONENTS, Component())
   for name, size, share in _outside_blocks(config):
     parts[name] = parts[name].plus(size, share)

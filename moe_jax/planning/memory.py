@@ -1,10 +1,16 @@
 """Bytes of weights, optimizer state and cache, over all devices together."""
 
+import jax
 import jax.numpy as jnp
+from flax import nnx
 
-from moe_jax.models import ModelConfig
+from moe_jax.models import ModelConfig, make_model
+from moe_jax.moe.capacity import expert_capacity
+from moe_jax.moe.layer import MoEConfig
 from moe_jax.planning.count import count_parameters
 from moe_jax.planning.sizes import cache_width, router_state_size, state_bytes
+from moe_jax.training.adafactor import scale_by_adafactor
+from moe_jax.training.optimizer_config import OptimizerName
 
 # Of float32, and of the int32 of tables.
 _WORD_BYTES = 4
@@ -22,9 +28,21 @@ def weight_bytes(config: ModelConfig) -> int:
   return _WORD_BYTES * (_all_parameters(config) + state)
 
 
-def optimizer_bytes(config: ModelConfig) -> int:
-  """Returns the bytes of AdamW's two moments, float32; its step counters are left out."""
-  return 2 * _WORD_BYTES * _all_parameters(config)
+def optimizer_bytes(config: ModelConfig, name: OptimizerName = OptimizerName.ADAMW) -> int:
+  """Returns the bytes that an optimiser keeps, float32; its step counters are left out.
+
+  AdamW: two moments of every parameter. Adafactor: see `scale_by_adafactor`; the shapes are those
+  of the real model, since they and not their number decide.
+  """
+  if name == OptimizerName.ADAMW:
+    return 2 * _WORD_BYTES * _all_parameters(config)
+
+  def statistics():
+    params = nnx.state(make_model(config, key=jax.random.key(0)), nnx.Param)
+    return scale_by_adafactor().init(params)._replace(count=None)
+
+  kept = jax.tree.leaves(jax.eval_shape(statistics))
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
 
 
 def cache_bytes_per_token(config: ModelConfig) -> int:
@@ -57,3 +75,28 @@ def cache_bytes_per_sequence(config: ModelConfig) -> int:
 def _all_parameters(config: ModelConfig) -> int:
   count = count_parameters(config)
   return count.total + count.multi_token.total
+
+
+def padded_exchange_bytes(
+  config: MoEConfig, model_dim: int, tokens: int, *, train: bool, itemsize: int = 4
+) -> int:
+  """Returns the bytes that a MoE layer takes for slots on a device, without its weights.
+
+  A device exchanges as many slots as it has, whatever the mesh: E * C for each of its groups. What
+  is alive at once is, of each slot: forward, the row that arrived, and `gate` and `up`; in training
+  the row that arrived and the one that went back, three hidden rows that the backward pass reads,
+  and the gradients of as many.
+
+  Args:
+    config: the layer; `gather` or `einsum` dispatch.
+    model_dim: D.
+    tokens: of the device, whole groups.
+    train: forward and backward.
+    itemsize: bytes of an activation.
+  """
+  size = config.routing.group_size or tokens
+  slots = config.routing.num_experts * (tokens // size)
+  slots *= expert_capacity(config.routing, size, train=True)
+  hidden = config.feed_forward().num_matrices - 1
+  rows, widths = (2, 3 * hidden) if train else (1, hidden)
+  return itemsize * slots * (rows * model_dim + widths * config.hidden_dim)

@@ -34,6 +34,11 @@ REFUSED = [
   (attention_config, dict(NO_ROPE, relative_bias_buckets=1), "relative_bias_buckets = 1 .* 2"),
   (
     attention_config,
+    dict(num_heads=2**31 - 1, num_kv_heads=2),
+    "num_kv_heads = 2 does not divide num_heads = 2147483647; the nearest that does is 1",
+  ),
+  (
+    attention_config,
     dict(NO_ROPE, relative_bias_buckets=8, relative_bias_max_distance=4),
     "relative_bias_max_distance = 4 .* at least 5",
   ),

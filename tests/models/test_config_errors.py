@@ -39,6 +39,8 @@ REFUSED = [
   (tiny_config, dict(segments=(("  ", 2),)), "at least one block and one repeat"),
   (tiny_config, dict(segments=(("attention:moe", 2.0),)), r"pair such as \('attention"),
   (tiny_config, dict(segments=(("attention:moe", True),)), r"pair such as \('attention"),
+  (tiny_config, dict(segments=(("attention:moe", 10**8),)), "too many blocks: .* at most 10000"),
+  (tiny_config, dict(mtp_depth=2**31 - 1), "mtp_depth = 2147483647 .* at most 16"),
   (tiny_config, dict(segments=("attention:moe", 2)), r"pair such as \('attention"),
   (tiny_config, dict(segments=(("attention:mo", 2),)), "'attention:mo' .* mean attention:moe"),
   (tiny_config, dict(segments=(("atention:dense", 2),)), "did you mean attention:dense"),

@@ -132,8 +132,8 @@ def test_logical_axes_is_parallel_to_the_parameters():
   assert block["mixer"]["out"] == ("layers", "heads", "head_dim", "embed")
   assert block["feed_forward"]["router"]["kernel"] == ("layers", "embed", "router")
   experts = block["feed_forward"]["experts"]["weights"]
-  assert experts["up"] == ("layers", "expert", "embed", "expert_mlp")
-  assert experts["down"] == ("layers", "expert", "expert_mlp", "embed")
+  assert experts["up"] == ("layers", "expert", "expert_embed", "expert_mlp")
+  assert experts["down"] == ("layers", "expert", "expert_mlp", "expert_embed")
   assert names["embedding"] == ("vocab", "embed")
 
 

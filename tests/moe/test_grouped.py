@@ -222,7 +222,7 @@ def test_blocks_follow_the_mean_load(num_rows, num_experts, expected):
 def test_auto_is_the_platforms_kernel_and_says_so_once(monkeypatch):
   said = []
   monkeypatch.setattr(grouped.logging, "info", lambda text, *args: said.append(text % args))
-  grouped._of_platform.cache_clear()
+  grouped.platform_kernel.cache_clear()
   assert grouped.resolve_kernel(GroupedKernel.AUTO) == GroupedKernel.BLOCKED
   assert grouped.resolve_kernel("auto") == GroupedKernel.BLOCKED
   assert said == ["grouped_kernel = auto: using blocked on platform cpu"]

@@ -15,6 +15,7 @@ from moe_jax.planning.memory import (
 )
 from moe_jax.training.config import OptimizerConfig, model_from
 from moe_jax.training.optimizer import make_optimizer
+from moe_jax.training.optimizer_config import OptimizerName
 from moe_jax.training.state import abstract_state
 
 SOURCES = [
@@ -68,10 +69,24 @@ def test_deepseeks_cache_is_the_papers():
   assert cache_bytes_per_token(model_of("deepseek.py:v2")) == 2 * 576 * 60
 
 
+@pytest.mark.parametrize("name", list(OptimizerName))
 @pytest.mark.parametrize("source", ["mixtral.py:tiny", "deepseek.py:v3"])
-def test_weights_and_moments_are_those_of_a_training_state(source):
+def test_weights_and_moments_are_those_of_a_training_state(source, name):
   config = model_of(source)
-  state = abstract_state(config, make_optimizer(OptimizerConfig(), 10))
+  state = abstract_state(config, make_optimizer(OptimizerConfig(name=name), 10))
   assert bytes_of((state.params, state.router_state)) == weight_bytes(config)
-  counters = bytes_of(state.opt_state) - optimizer_bytes(config)
+  counters = bytes_of(state.opt_state) - optimizer_bytes(config, name)
   assert 0 <= counters <= 16
+
+
+def test_adafactor_keeps_rows_and_columns_of_a_large_model():
+  config = model_of("mixtral.py:8x7b")
+  D, F, V, layers = 4096, 14336, 32000, 32
+  experts = 8 * 3 * (D + F)
+  # (D, heads, 128): the two largest axes are D and the width of a head.
+  attention = 2 * sum(heads * (D + 128) for heads in (32, 8))
+  # Eight columns are too few to factor.
+  rest = 8 * D + 2 * D
+  numbers = layers * (experts + attention + rest) + D + 2 * (D + V)
+  # Scalars stand for the statistics that an array does not have.
+  assert 0 <= optimizer_bytes(config, OptimizerName.ADAFACTOR) - 4 * numbers <= 100

@@ -1,0 +1,1 @@
+"""Full-size models on real pods, planned without one, and how far plans are from measurements."""
