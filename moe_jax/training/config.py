@@ -6,6 +6,7 @@ from typing import Any
 
 from moe_jax.choices import as_choice
 from moe_jax.config import dataclass_from, import_modules, section
+from moe_jax.config.bounds import at_least, below
 from moe_jax.data.config import DataConfig
 from moe_jax.data.objectives import Objective, ObjectiveConfig, PairMaker, span_counts
 from moe_jax.data.tokenizers import get_tokenizer
@@ -13,61 +14,12 @@ from moe_jax.errors import UserError
 from moe_jax.inference.sampling import check_sampling
 from moe_jax.models import ModelConfig
 from moe_jax.moe import MoEConfig, Overflow
+from moe_jax.moe.expert_parallel import check_exchange
 from moe_jax.moe.registry import Chooser
-
-
-def _at_least(config, least, *names: str) -> None:
-  for name in names:
-    # "not >=" rather than "<": a NaN must not pass.
-    if not getattr(config, name) >= least:
-      raise UserError(f"{name} = {getattr(config, name)} is refused: it must be at least {least}")
-
-
-def _below(config, bound, *names: str) -> None:
-  for name in names:
-    if not getattr(config, name) < bound:
-      raise UserError(f"{name} = {getattr(config, name)} is refused: it must be below {bound}")
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-  """AdamW with linear warm-up and cosine decay.
-
-  Attributes:
-    learning_rate: the peak.
-    warmup_steps: linear from 0.
-    final_fraction: the last learning rate as a fraction of the peak.
-    weight_decay: decoupled; not on norms and biases.
-    clip_norm: global gradient norm above which gradients are scaled down; 0 = no clipping.
-    b1, b2, epsilon: Adam's.
-  """
-
-  learning_rate: float = 1e-3
-  warmup_steps: int = 100
-  final_fraction: float = 0.1
-  weight_decay: float = 0.1
-  clip_norm: float = 1.0
-  b1: float = 0.9
-  b2: float = 0.95
-  epsilon: float = 1e-8
-
-  def __post_init__(self):
-    _at_least(
-      self,
-      0,
-      "learning_rate",
-      "warmup_steps",
-      "final_fraction",
-      "weight_decay",
-      "clip_norm",
-      "b1",
-      "b2",
-    )
-    _below(self, 1, "b1", "b2")
-    if not 0 < self.epsilon:
-      raise UserError(f"epsilon = {self.epsilon} is refused: it must be greater than 0")
-    if self.final_fraction > 1:
-      raise UserError(f"final_fraction = {self.final_fraction} is refused: it must be at most 1")
+from moe_jax.sharding.config import ShardingConfig
+from moe_jax.training.faults_config import FaultsConfig
+from moe_jax.training.optimizer_config import OptimizerConfig
+from moe_jax.training.placement_config import BalancePlacementConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,19 +36,30 @@ class EvalConfig:
   batch_size: int = 0
 
   def __post_init__(self):
-    _at_least(self, 1, "every")
-    _at_least(self, 0, "batch_size")
+    at_least(self, 1, "every")
+    at_least(self, 0, "batch_size")
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-  """Checkpoints: every `every` steps and at the end; the newest `keep` stay."""
+  """Checkpoints, and which of them stay.
+
+  Attributes:
+    every: optimiser steps between them; the last step is always saved.
+    keep: so many of the newest stay.
+    keep_every: steps that it divides stay too; 0 = none.
+    keep_best: so many of the lowest held-out loss stay too, of those that were evaluated at their
+      own step (let `eval.every` divide `every`); 0 = none.
+  """
 
   every: int = 500
   keep: int = 2
+  keep_every: int = 0
+  keep_best: int = 0
 
   def __post_init__(self):
-    _at_least(self, 1, "every", "keep")
+    at_least(self, 1, "every", "keep")
+    at_least(self, 0, "keep_every", "keep_best")
 
 
 class RepairInit(enum.StrEnum):
@@ -126,7 +89,7 @@ class RepairConfig:
 
   def __post_init__(self):
     object.__setattr__(self, "init", as_choice(RepairInit, "init", self.init))
-    _at_least(self, 0, "every", "threshold", "noise")
+    at_least(self, 0, "every", "threshold", "noise")
     if self.threshold > 1:
       raise UserError(f"threshold = {self.threshold} is refused: it must be at most 1")
 
@@ -138,13 +101,26 @@ class LogConfig:
   Attributes:
     every: steps between lines.
     tensorboard: also write TensorBoard events (needs the `tensorboard` extra).
+    wandb: also write to this project of Weights & Biases (needs wandb); empty = no.
+    trackio: also write to this project of trackio (needs trackio); empty = no.
+    profile: (first step, number of steps) of a `jax.profiler` trace; 0 steps = none. SIGUSR1 takes
+      one of five steps at any time.
   """
 
   every: int = 10
   tensorboard: bool = False
+  wandb: str = ""
+  trackio: str = ""
+  profile: tuple[int, int] = (0, 0)
 
   def __post_init__(self):
-    _at_least(self, 1, "every")
+    at_least(self, 1, "every")
+    first, count = self.profile
+    if count < 0 or (count and first < 1):
+      raise UserError(
+        f"profile = {self.profile} is refused: expected (first step, number of steps) from 1 on, or"
+        " (0, 0) for none"
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +157,9 @@ class ExperimentConfig:
       a microbatch (but see `BalanceScope.GLOBAL_BATCH`); the language-model loss, the selection
       bias and the adaptive coefficient see the whole batch.
     repair: of experts that the router has given up.
+    balance_placement: of devices, by moving experts.
+    faults: what follows steps that are not finite, and what raises an alarm.
+    sharding: the devices; changes neither the results nor what a checkpoint holds.
     imports: modules imported before the rest of the config is read; they register selections (see
       `moe_jax.moe.register_selection`). Whoever reads a run imports them too, so read only runs
       that you trust.
@@ -193,9 +172,12 @@ class ExperimentConfig:
   eval: EvalConfig = EvalConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
   repair: RepairConfig = RepairConfig()
+  balance_placement: BalancePlacementConfig = BalancePlacementConfig()
+  faults: FaultsConfig = FaultsConfig()
   log: LogConfig = LogConfig()
   sample: SampleConfig = SampleConfig()
   report: ReportConfig = ReportConfig()
+  sharding: ShardingConfig = ShardingConfig()
   seed: int = 0
   steps: int = 1000
   batch_size: int = 16
@@ -203,21 +185,30 @@ class ExperimentConfig:
   imports: tuple[str, ...] = ()
 
   def __post_init__(self):
-    _at_least(self, 0, "seed")
-    _below(self, 2**32, "seed")
-    _at_least(self, 1, "steps", "batch_size", "accumulation_steps")
-    _below(self, 2**31, "steps")  # counted in int32
+    at_least(self, 0, "seed")
+    below(self, 2**32, "seed")
+    at_least(self, 1, "steps", "batch_size", "accumulation_steps")
+    below(self, 2**31, "steps")  # counted in int32
     if self.batch_size % self.accumulation_steps:
       raise UserError(
         f"accumulation_steps = {self.accumulation_steps} does not divide batch_size"
         f" = {self.batch_size}"
       )
+    if self.checkpoint.keep_best and self.checkpoint.every % self.eval.every:
+      raise UserError(
+        f"checkpoint.keep_best = {self.checkpoint.keep_best} needs the held-out loss of each"
+        f" checkpoint, but eval.every = {self.eval.every} does not divide checkpoint.every ="
+        f" {self.checkpoint.every}; set eval.every = {self.checkpoint.every}"
+      )
     self._check_objective()
     if self.repair.every:
       self._check_repair()
+    if self.balance_placement.every:
+      self._check_balance_placement()
     if self.model.moe is not None:
       routing = self.model.moe.routing
       routing.check_trainable()
+      check_exchange(self.model.moe.dispatch, self.sharding)
       if routing.overflow == Overflow.DROPLESS and routing.capacity is not None:
         raise UserError(
           f"moe.capacity = {routing.capacity} contradicts moe.overflow = dropless; set overflow ="
@@ -263,6 +254,16 @@ class ExperimentConfig:
         f"{refused} with selection = {self.model.moe.routing.selection}, where no expert goes cold"
         " because tokens have turned from it; use a selection such as top_k"
       )
+
+  def _check_balance_placement(self) -> None:
+    if self.model.moe is None:
+      every = self.balance_placement.every
+      raise UserError(
+        f"balance_placement.every = {every} is refused: it must be 0 for a model without experts"
+      )
+    self.balance_placement.check(self.model.moe)
+    if all(size == 1 for size in self.sharding.sizes.values()):
+      self.balance_placement.packed_to(1, self.model.moe)
 
 
 def experiment_from(mapping: Any) -> ExperimentConfig:

@@ -12,7 +12,9 @@ from moe_jax.data.builders import PreparedData
 from moe_jax.data.loader import eval_batches
 from moe_jax.errors import UserError
 from moe_jax.models import ModelConfig
+from moe_jax.sharding.layout import Layout
 from moe_jax.training.config import ExperimentConfig
+from moe_jax.training.placed import own_rows, place_batches
 from moe_jax.training.step import make_eval_step
 
 
@@ -41,15 +43,15 @@ class Evaluator:
     UserError: held-out records of which an encoder-decoder would predict nothing.
   """
 
-  def __init__(self, config: ExperimentConfig, data: PreparedData):
-    self._data = data
+  def __init__(self, config: ExperimentConfig, data: PreparedData, layout: Layout | None = None):
+    self._data, self._layout = data, layout
     self._batch_size = config.eval.batch_size or config.batch_size // config.accumulation_steps
     self._pairs = config.pair_maker
     self._check_targets(config.data.sequence_length)
-    self._dropless = make_eval_step(config.model.dropless())
+    self._dropless = make_eval_step(config.model.dropless(), layout)
     self._at_capacity = None
     if config.model.moe is not None:
-      self._at_capacity = make_eval_step(at_training_capacity(config.model))
+      self._at_capacity = make_eval_step(at_training_capacity(config.model), layout)
 
   def dropless(self, model: nnx.State) -> EvalResult:
     """Evaluates with room for every token, so that the result depends on no other sequence."""
@@ -61,10 +63,18 @@ class Evaluator:
 
   def under(self, config: ModelConfig, model: nnx.State) -> EvalResult:
     """Evaluates under another config with the same variables, for example another router."""
-    return self._run(make_eval_step(config), model)
+    return self._run(make_eval_step(config, self._layout), model)
 
   def _run(self, step: Callable, model: nnx.State) -> EvalResult:
-    batches = eval_batches(self._data.heldout, self._batch_size, transform=self._pairs)
+    rows = own_rows(self._layout, self._batch_size)
+    batches = eval_batches(
+      self._data.heldout,
+      self._batch_size,
+      transform=self._pairs,
+      process_index=rows.index,
+      process_count=rows.count,
+    )
+    batches = place_batches(batches, self._layout, rows)
     # One host transfer at the end: the device never waits for the host in between.
     sums = jax.device_get([step(model, batch) for batch in batches])
     total = {name: math.fsum(float(s[name]) for s in sums) for name in sums[0]}

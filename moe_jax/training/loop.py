@@ -1,156 +1,301 @@
 """The training loop."""
 
 import contextlib
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from moe_jax.data.builders import PreparedData
-from moe_jax.data.loader import train_iterator
-from moe_jax.data.loader_state import StreamIdentity, restore_state, save_state
-from moe_jax.errors import UserError
-from moe_jax.training.checkpoint import Checkpoints, damaged
+from moe_jax.data.loader import places_in_batch
+from moe_jax.data.loader_state import check_state, restore_state, save_state
+from moe_jax.errors import StoppedRun
+from moe_jax.sharding.layout import Layout
+from moe_jax.sharding.processes import failing_together, is_first_process
+from moe_jax.training.alarms import Alarms
+from moe_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
 from moe_jax.training.config import ExperimentConfig
 from moe_jax.training.evaluate import Evaluator
+from moe_jax.training.events import Event
+from moe_jax.training.fault_policy import FaultPolicy, GoBack
+from moe_jax.training.faults_config import OnNonfinite, OnSpike
+from moe_jax.training.goodput import Activity, Goodput
+from moe_jax.training.interrupts import StopRequest
+from moe_jax.training.nonfinite import FINITE, as_missing, check_finite
 from moe_jax.training.optimizer import make_optimizer
+from moe_jax.training.placed import own_rows, place_batch
+from moe_jax.training.placement_balance import make_balancer
+from moe_jax.training.profiling import Profiler
+from moe_jax.training.run_outputs import Clock, RunOutputs, is_due, is_logged
 from moe_jax.training.state import TrainState, abstract_state, init_state
 from moe_jax.training.step import make_train_step
+from moe_jax.training.stream import stream_of, training_batches
 from moe_jax.training.tables import fill_tables
-from moe_jax.training.writers import Progress, check_rows, open_writers
+from moe_jax.training.watchdog import Watchdog
 
 
 def run_steps(
-  config: ExperimentConfig, data: PreparedData, workdir: Path
+  config: ExperimentConfig,
+  data: PreparedData,
+  workdir: Path,
+  layout: Layout | None = None,
+  *,
+  begun: float | None = None,
+  on_sound: Callable[[], None] | None = None,
 ) -> tuple[TrainState, float]:
   """Trains to the last step, from the latest checkpoint if there is one.
 
   Everything a step does is a function of the seed, the step number and the state before it, so a
   run that was killed and started again writes the same metrics (but for the wall clock) and ends
-  with the same parameters, bit for bit.
+  with the same parameters, bit for bit. On other devices, or in another number of processes, it
+  does so up to the order in which numbers are summed. The first process alone writes metrics and
+  shows progress; all of them must call this.
+
+  Args:
+    config: of the run.
+    data: to train on.
+    workdir: the run folder.
+    layout: the devices; None = one.
+    begun: `time.monotonic()` when the run was started, for the account of its time; None = now.
+    on_sound: called in the first process once what earlier ones left is found sound, before it is
+      changed by the first step.
 
   Returns:
     The last state, and the seconds spent on the run by this and earlier processes, as far as
     checkpoints tell.
 
   Raises:
+    StoppedRun: a process was told to end; the step is saved.
     UserError: the run has diverged, or what an earlier process left of it is damaged.
   """
-  started = time.monotonic()
-  optimizer = make_optimizer(config.optimizer, config.steps)
-  train_step = make_train_step(config, optimizer)
-  evaluator = Evaluator(config, data)
-  identity = StreamIdentity(data.fingerprint, config.batch_size, config.seed)
-  batches = train_iterator(
-    data.train, batch_size=config.batch_size, seed=config.seed, transform=config.pair_maker
-  )
-
   with contextlib.ExitStack() as stack:
-    checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint))
-    state, first, earlier = _restore(config, optimizer, checkpoints, batches, identity)
-    if state is None:
-      state = fill_tables(
-        init_state(config.model, optimizer, config.seed, config.repair), config.model, data.train
-      )
-    check_rows(workdir, first, (s for s in range(1, first + 1) if _is_logged(s, config)))
-    writers = [
-      stack.enter_context(contextlib.closing(w)) for w in open_writers(config.log, workdir, first)
-    ]
-    progress = stack.enter_context(contextlib.closing(Progress(first, config.steps, workdir.name)))
-    if first:
-      progress.say(f"resuming {workdir} at step {first}")
-    clock = _Clock(config)
-    for step in range(first + 1, config.steps + 1):
-      state, metrics = train_step(state, next(batches))
-      saving = _is_due(step, config.checkpoint.every, config.steps)
-      if _is_logged(step, config):
-        evaluating = _is_due(step, config.eval.every, config.steps)
-        row = clock.row(step, metrics)
-        if evaluating:
-          row |= _evaluate(evaluator, state)
-          clock.restart(step)
-        check_finite(step, row)
-        for writer in writers:
-          writer.write(row)
-        progress.update(row)
-      if saving:
-        check_finite(step, jax.device_get(metrics))
-        for writer in writers:
-          writer.sync()
-        seconds = earlier + time.monotonic() - started
-        place = {"stream": save_state(batches, identity), "wall_seconds": seconds}
-        checkpoints.save(step, state, place)
-  return state, earlier + time.monotonic() - started
+    stop = stack.enter_context(StopRequest())
+    training = _Training(config, data, workdir, layout, stack, Goodput(workdir, begun))
+    training.restore()
+    training.begin(on_sound)
+    while training.step < config.steps:
+      try:
+        training.advance(stop)
+      except GoBack as fault:
+        training.go_back(fault)
+    return training.finish()
 
 
-def _is_due(step: int, every: int, last: int) -> bool:
-  return step == last or step % every == 0
+class _Training:
+  """A run between two steps.
 
-
-def _is_logged(step: int, config: ExperimentConfig) -> bool:
-  return any(_is_due(step, every, config.steps) for every in (config.eval.every, config.log.every))
-
-
-class _Clock:
-  """Turns a step's metrics into a row, with the speed since the last one."""
-
-  def __init__(self, config: ExperimentConfig):
-    self._tokens_per_step = config.batch_size * config.data.sequence_length
-    self._step, self._time = None, None
-
-  def row(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, Any]:
-    """Fetches the metrics, which waits for the step, and reads the clock."""
-    values = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
-    now = time.monotonic()
-    speed = None
-    # The first interval holds the compilation: it has no speed.
-    if self._step is not None:
-      speed = (step - self._step) * self._tokens_per_step / (now - self._time)
-    self._step, self._time = step, now
-    return {
-      "step": step,
-      **values,
-      "tokens": step * self._tokens_per_step,
-      "tokens_per_second": speed,
-    }
-
-  def restart(self, step: int) -> None:
-    """Leaves the time since the last row, spent on evaluation, out of the next interval."""
-    self._step, self._time = step, time.monotonic()
-
-
-def _restore(config, optimizer, checkpoints, batches, identity):
-  """Returns (state, steps done, seconds they took); the state is None without a checkpoint."""
-  step = checkpoints.latest_step()
-  if step is None:
-    return None, 0, 0.0
-  template = abstract_state(config.model, optimizer, config.repair)
-  state, place = checkpoints.restore(step, template)
-  try:
-    stream, seconds = place["stream"], float(place["wall_seconds"])
-  except (KeyError, TypeError, ValueError) as error:
-    raise damaged(checkpoints.folder / str(step), error) from error
-  restore_state(batches, stream, identity)
-  return state, step, seconds
-
-
-def check_finite(step: int, metrics: Mapping[str, Any]) -> None:
-  """Stops a run that has diverged, before a row or a checkpoint of it is written.
-
-  Raises:
-    UserError: a metric, or an element of one, is not finite; names the first.
+  Attributes:
+    step: optimiser steps done.
   """
-  for name, value in metrics.items():
-    values = np.ravel([] if value is None else value)
-    faults = values[~np.isfinite(values)]
-    if faults.size:
-      raise UserError(
-        f"{name} is {faults[0]} at step {step}: the run has diverged; lower"
-        " optimizer.learning_rate or optimizer.clip_norm and start in a new workdir"
-      )
+
+  def __init__(
+    self,
+    config: ExperimentConfig,
+    data: PreparedData,
+    workdir: Path,
+    layout: Layout | None,
+    stack: contextlib.ExitStack,
+    goodput: Goodput,
+  ):
+    self._config, self._data, self._layout = config, data, layout
+    self._workdir, self._stack, self._goodput = workdir, stack, goodput
+    self._started, self._earlier = time.monotonic(), 0.0
+    self._optimizer = make_optimizer(config.optimizer, config.steps)
+    self._train_step = make_train_step(config, self._optimizer, layout)
+    self._balance = make_balancer(config, self._optimizer, layout)
+    self._evaluator = Evaluator(config, data, layout)
+    self._rows, self._identity = own_rows(layout, config.batch_size), stream_of(config, data)
+    self._checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint))
+    self._watchdog = stack.enter_context(Watchdog(config.faults.watchdog_seconds, workdir))
+    self._profiler = stack.enter_context(Profiler(config.log.profile, workdir))
+    self._policy = FaultPolicy(config.faults)
+    moe = config.model.moe
+    self._alarms = Alarms(config.faults, 0 if moe is None else moe.routing.num_experts)
+    self._calls = Activity.COMPILE
+    self._rollbacks: list[Event] = []
+
+  def restore(self, at_most: int | None = None) -> None:
+    """Goes to the newest sound checkpoint, or to the beginning where there is none."""
+    config = self._config
+    template = abstract_state(
+      config.model, self._optimizer, config.repair, self._layout, config.balance_placement
+    )
+    restored = self._checkpoints.restore_latest(template, at_most)
+    self._batches = training_batches(config, self._data, self._rows)
+    if restored is None:
+      self.step, self._state = 0, self._first_state()
+      self._restore_faults({})
+      return
+    self.step, self._state, place = restored
+    try:
+      stream, self._earlier = place["stream"], float(place["wall_seconds"])
+      check_state(self._batches, stream)
+      if not 0 <= self._earlier < math.inf:
+        raise ValueError(f"wall_seconds is {self._earlier}")
+      self._restore_faults(place.get("faults", {}))
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+      reason = f"its place in the data is of another kind ({type(error).__name__}: {error})"
+      raise DamagedCheckpoint(self._checkpoints.folder / str(self.step), reason) from error
+    restore_state(self._batches, stream, self._identity)
+
+  def begin(self, on_sound: Callable[[], None] | None) -> None:
+    """Opens what the run writes; see `run_steps`."""
+    self._outputs = self._stack.enter_context(RunOutputs(self._config, self._workdir, self.step))
+    with failing_together():
+      if on_sound is not None and is_first_process():
+        on_sound()
+    self._clock, self._asked = Clock(self._config), self.step
+    if self.step:
+      self._outputs.say(f"resuming {self._workdir} at step {self.step}")
+    self._outputs.events([{"event": "started", "step": self.step}], aloud=False)
+    self._goodput.begin(self.step)
+
+  def advance(self, stop: StopRequest) -> None:
+    """Trains one step, and does what is due after it.
+
+    Raises:
+      GoBack: the run is to go back behind a step.
+      StoppedRun: the run was told to end; the step is saved.
+    """
+    config, step = self._config, self.step + 1
+    self._profiler.before(step)
+    with self._goodput.during(Activity.DATA):
+      batch = next(self._batches)
+      batch = batch if self._layout is None else place_batch(batch, self._layout, self._rows)
+    with self._goodput.during(self._calls):
+      self._state, metrics = self._train_step(self._state, batch)
+    self._calls, self.step = Activity.STEP, step
+    self._state = self._balance(self._state, step)
+    self._policy.watch(step, metrics.pop(FINITE))
+    self._profiler.after(step, metrics)
+    stopping = self._must_stop(stop)
+    saving = stopping or is_due(step, config.checkpoint.every, config.steps)
+    row = {}
+    if saving or is_logged(step, config):
+      bad = self._answer_faults()
+      if is_logged(step, config):
+        row = self._log(metrics, bad)
+      if saving:
+        self._save(metrics if step not in bad else {}, row.get("eval_loss"))
+    self._watchdog.beat()
+    self._goodput.end_step(step, write=saving)
+    if stopping:
+      self._stop()
+
+  def go_back(self, fault: GoBack) -> None:
+    """Restores a checkpoint from before the fault, and passes over the batches up to it."""
+    event, used = fault.event, self._policy.used
+    batch = event["batch"]
+    with self._goodput.during(Activity.INIT):
+      self.restore(at_most=event["step"] - 1)
+      for _ in range(batch - self.step - self._policy.passed):
+        next(self._batches)
+    self._policy.used, self._policy.passed = used, batch - self.step
+    self._goodput.go_back(self.step)
+    self._outputs.close()
+    self._outputs = self._stack.enter_context(RunOutputs(self._config, self._workdir, self.step))
+    self._clock = Clock(self._config)
+    self._rollbacks.append(event | {"restored": self.step})
+    *again, last = [each for each in self._rollbacks if each["step"] > self.step]
+    self._outputs.events(again, aloud=False)
+    self._outputs.events([last])
+
+  def finish(self) -> tuple[TrainState, float]:
+    """Waits for the last checkpoint; returns the state, and the seconds that the run has taken."""
+    with self._goodput.during(Activity.CHECKPOINT):
+      self._checkpoints.wait()
+    self._goodput.write()
+    return self._state, self._seconds()
+
+  def _must_stop(self, stop: StopRequest) -> bool:
+    # What processes agree on must grow from call to call, also where a run goes back.
+    self._asked += 1
+    return self._checkpoints.must_stop(self._asked) or bool(stop)
+
+  def _answer_faults(self) -> list[int]:
+    """Returns the bad steps since it last looked, when they have been dealt with."""
+    bad = self._policy.settle()
+    events = self._policy.answer(bad)
+    for event in events:
+      self._name_records(event)
+    if events and self._config.faults.on_nonfinite == OnNonfinite.ROLLBACK:
+      raise GoBack(events[0])
+    self._outputs.events(events)
+    return bad
+
+  def _name_records(self, event: Event) -> None:
+    """Tells an event which records its batch was made of."""
+    event["records"] = places_in_batch(
+      self._data.train,
+      batch_size=self._config.batch_size,
+      seed=self._config.seed,
+      batch=event["batch"] - 1,
+    )
+
+  def _log(self, metrics: dict[str, jax.Array], bad: list[int]) -> dict[str, Any]:
+    """Writes the row of a step, and what it gives cause to say."""
+    row = self._clock.row(self.step, metrics)
+    if self.step in bad:
+      row = as_missing(row)
+    if is_due(self.step, self._config.eval.every, self._config.steps):
+      with self._goodput.during(Activity.EVALUATION):
+        row |= _evaluate(self._evaluator, self._state)
+      self._clock.restart(self.step)
+    check_finite(self.step, {name: value for name, value in row.items() if self.step not in bad})
+    self._outputs.row(row)
+    self._answer_alarms(self._alarms.read(row))
+    return row
+
+  def _answer_alarms(self, events: list[Event]) -> None:
+    spikes = [event for event in events if event["event"] == "loss_spike"]
+    if spikes and self._config.faults.on_spike == OnSpike.ROLLBACK:
+      event = self._policy.roll_back_from(spikes[0])
+      self._name_records(event)
+      raise GoBack(event)
+    self._outputs.events(events)
+
+  def _save(self, metrics: dict[str, jax.Array], heldout: float | None) -> None:
+    check_finite(self.step, jax.device_get(metrics))
+    with self._goodput.during(Activity.CHECKPOINT):
+      self._outputs.sync()
+      place = {
+        "stream": save_state(self._batches, self._identity),
+        "wall_seconds": self._seconds(),
+        "faults": self._policy.state() | {"alarms": self._alarms.state()},
+      }
+      self._checkpoints.save(self.step, self._state, place, heldout)
+
+  def _stop(self) -> None:
+    with self._goodput.during(Activity.CHECKPOINT):
+      self._checkpoints.wait()
+    self._outputs.events([{"event": "stopped", "step": self.step}], aloud=False)
+    self._goodput.write()
+    raise StoppedRun(
+      f"this run was told to end (SIGTERM or SIGINT): step {self.step} is saved, and the same"
+      " command goes on from there"
+    )
+
+  def _seconds(self) -> float:
+    return self._earlier + time.monotonic() - self._started
+
+  def _first_state(self) -> TrainState:
+    config = self._config
+    state = init_state(
+      config.model,
+      self._optimizer,
+      config.seed,
+      config.repair,
+      self._layout,
+      config.balance_placement,
+    )
+    return fill_tables(state, config.model, self._data.train)
+
+  def _restore_faults(self, saved: dict[str, Any]) -> None:
+    self._policy.restore(saved)
+    self._alarms.restore(saved.get("alarms", {}))
 
 
 def _evaluate(evaluator: Evaluator, state: TrainState) -> dict[str, float]:

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from moe_jax.models import ModelConfig
 from moe_jax.moe import RoutingConfig
 from moe_jax.moe.options import LossPadding
+from moe_jax.sharding.context import current_layout
+from moe_jax.sharding.pipeline import num_stages
 
 Batch = dict[str, jax.Array]
 
@@ -94,8 +96,16 @@ def cut(batch: Batch, key: jax.Array, count: int, routing: RoutingConfig | None)
 
 
 def sum_over(function: Callable[[Batch, jax.Array, Share], Any], parts: Microbatches) -> Any:
-  """Returns the sum of function(batch, key, share) over microbatches, one in memory at a time."""
+  """Returns the sum of function(batch, key, share) over microbatches, one in memory at a time.
+
+  In a pipeline all of them are in memory, since they fill its stages together; what stands before
+  and behind the stages, embeddings and logits, is done for all at once. Gradients of such a sum
+  exist, but none can be taken inside the function.
+  """
   arguments = parts.batch, parts.key, parts.share
+  if num_stages(current_layout()) > 1:
+    of_parts = jax.vmap(function)(*arguments)
+    return jax.tree.map(lambda a: jnp.sum(a, axis=0), of_parts)
   first = jax.tree.map(lambda a: a[0], arguments)
   if parts.share.count.shape[0] == 1:
     return function(*first)

@@ -1,15 +1,12 @@
 """A run folder that begins with a state made elsewhere, for `moe-jax train` to go on from."""
 
-import contextlib
 import pprint
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moe_jax.config import to_mapping
-from moe_jax.errors import UserError
+from moe_jax.new_folder import check_free, draft_of
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.config import ExperimentConfig
 from moe_jax.training.run_folder import CONFIG_FILE, METRICS_FILE, write_json
@@ -37,16 +34,6 @@ def config_fields(config: ExperimentConfig) -> dict[str, Any]:
   return fields if moe is None else fields | {"moe": moe}
 
 
-def check_free(folder: Path) -> None:
-  """Refuses a folder that holds something.
-
-  Raises:
-    UserError: it exists and is not an empty folder.
-  """
-  if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-    raise UserError(f"--out={folder} exists and is not an empty folder; give another path")
-
-
 def write_run(
   folder: Path,
   config: ExperimentConfig,
@@ -69,7 +56,7 @@ def write_run(
     notes: further JSON files by name.
   """
   check_free(folder)
-  with _draft(folder) as draft:
+  with draft_of(folder) as draft:
     fields = config_fields(config)
     text = pprint.pformat(fields, width=96, sort_dicts=False)
     source = _CONFIG_TEXT.format(title=title, fields=text)
@@ -81,17 +68,3 @@ def write_run(
     with Checkpoints(draft, config.checkpoint) as checkpoints:
       checkpoints.save(int(state.step), state, dict(place))
       checkpoints.wait()
-
-
-@contextlib.contextmanager
-def _draft(folder: Path) -> Iterator[Path]:
-  """Yields a folder beside `folder` that takes its place if all goes well, and goes if not."""
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-  try:
-    yield draft
-    draft.chmod(0o755)
-    draft.rename(folder)
-  except BaseException:
-    shutil.rmtree(draft, ignore_errors=True)
-    raise

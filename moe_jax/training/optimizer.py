@@ -1,11 +1,12 @@
-"""The optimiser: AdamW, cosine schedule, clipping; no decay on norms and biases."""
+"""The optimiser: AdamW or Adafactor, cosine schedule, clipping; no decay on norms and biases."""
 
 import jax
 import optax
 from flax import nnx
 
 from moe_jax.layers.parameters import is_elementwise, logical_axes
-from moe_jax.training.config import OptimizerConfig
+from moe_jax.training.adafactor import scale_by_adafactor
+from moe_jax.training.optimizer_config import OptimizerConfig, OptimizerName
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -20,18 +21,47 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-  """Returns the optimiser; its updates are added to the parameters."""
-  adamw = optax.adamw(
-    learning_rate_schedule(config, steps),
+  """Returns the optimiser; its updates are added to the parameters.
+
+  Whatever its name: gradients are clipped by their global norm, an update is the learning rate
+  times (a step + weight_decay * the parameter), and decay spares what `decayed` spares. Adafactor's
+  step has the size of the parameter, AdamW's that of 1.
+  """
+  make = {OptimizerName.ADAMW: _adamw, OptimizerName.ADAFACTOR: _adafactor}[config.name]
+  optimizer = make(config, learning_rate_schedule(config, steps))
+  if config.clip_norm == 0:
+    return optimizer
+  return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+
+
+def _adamw(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+  return optax.adamw(
+    schedule,
     b1=config.b1,
     b2=config.b2,
     eps=config.epsilon,
     weight_decay=config.weight_decay,
     mask=decayed,
   )
-  if config.clip_norm == 0:
-    return adamw
-  return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def _adafactor(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+  # Not optax.adafactor, which decays by a rate of its own whatever the learning rate is.
+  return optax.chain(
+    scale_by_adafactor(),
+    optax.add_decayed_weights(config.weight_decay, mask=decayed),
+    optax.scale_by_learning_rate(schedule),
+  )
+
+
+def num_updates(opt_state: optax.OptState) -> jax.Array:
+  """Returns the int32 number of updates that the learning rate goes by."""
+
+  def is_schedule(path, _):
+    names = (getattr(key, "tuple_name", None) for key in path)
+    return "ScaleByScheduleState" in names
+
+  return optax.tree.get(opt_state, "count", filtering=is_schedule)
 
 
 def decayed(params: nnx.State) -> nnx.State:

@@ -7,6 +7,7 @@ keep weights and moments bit for bit. What is drawn is a function of (seed, step
 """
 
 import dataclasses
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +18,22 @@ from moe_jax.models.moe_stacks import MoEStack, moe_stacks
 from moe_jax.moe import MoELayer
 from moe_jax.moe.router import RouterState
 from moe_jax.training.config import ExperimentConfig, RepairInit
+from moe_jax.training.expert_arrays import (
+  Flat,
+  along,
+  arrays_of_experts,
+  expert_axis,
+  map_optimizer,
+  over_experts,
+)
 from moe_jax.training.layer_metrics import LayerMetrics, load_counts
-from moe_jax.training.state import RepairState, Stream, TrainState, stream_key
+from moe_jax.training.state import PlacementState, RepairState, Stream, TrainState, stream_key
 
-Flat = dict[tuple[str | int, ...], nnx.Variable]
+LoadWindow = TypeVar("LoadWindow", RepairState, PlacementState, None)
 
 
-def count_load(window: RepairState | None, layers: list[LayerMetrics]) -> RepairState | None:
-  """Adds a step's loads to the window."""
+def count_load(window: LoadWindow, layers: list[LayerMetrics]) -> LoadWindow:
+  """Adds a step's loads to a window's `load`."""
   if window is None:
     return None
   counts = jnp.stack([load_counts(layer) for layer in layers])
@@ -59,10 +68,10 @@ def _repair(state, optimizer, config) -> TrainState:
   root = jax.random.fold_in(stream_key(config.seed, Stream.REPAIR), state.step)
   for index, stack in enumerate(moe_stacks(config.model)):
     rows = jnp.asarray(stack.layers)
-    old = _arrays_of_experts(params, stack)
+    old = arrays_of_experts(params, stack)
     key = jax.random.fold_in(root, index)
     for path, new in _replacements(old, stack, jnp.argmax(load[rows], -1), key, config).items():
-      reset[path] = old[path].replace(_over_experts(cold[rows], old[path]))
+      reset[path] = old[path].replace(over_experts(cold[rows], old[path]))
       params[path] = _select(reset[path], new, old[path])
     bias = (*stack.path, "router", "bias")
     if bias in router_state:
@@ -74,18 +83,6 @@ def _repair(state, optimizer, config) -> TrainState:
     opt_state=_forget(state.opt_state, optimizer, nnx.from_flat_state(reset.items())),
     repair=RepairState(jnp.zeros_like(load), state.repair.repaired + jnp.sum(cold)),
   )
-
-
-def _arrays_of_experts(params: Flat, stack: MoEStack) -> Flat:
-  """Returns the variables of a stack that belong to single experts: weights, router columns."""
-  depth = len(stack.path)
-  return {
-    path: variable
-    for path, variable in params.items()
-    if path[:depth] == stack.path
-    and path[depth] in ("experts", "router")
-    and {"expert", "router"} & set(variable.get_metadata()["axes"])
-  }
 
 
 def _replacements(old: Flat, stack: MoEStack, hottest: jax.Array, key, config) -> dict:
@@ -114,7 +111,7 @@ def _fresh_layers(stack: MoEStack, key, config) -> dict:
 
 def _noisy_copy(variable, hottest: jax.Array, key: jax.Array, noise: float) -> jax.Array:
   """Returns the hottest expert's part of every repeat, with noise of its own for each expert."""
-  axis, value = _expert_axis(variable), variable.get_value()
+  axis, value = expert_axis(variable), variable.get_value()
 
   def of_repeat(value, hot, key):
     source = jax.lax.dynamic_index_in_dim(value, hot, axis - 1)
@@ -135,20 +132,7 @@ def _repair_bias(variable, load: jax.Array, cold: jax.Array, config) -> nnx.Vari
   else:
     warm = bias[:, : cold.shape[1]]
     new = jnp.mean(warm, axis=-1, keepdims=True, where=~cold)
-  return variable.replace(jnp.where(_over_experts(cold, variable), new, bias))
-
-
-def _over_experts(cold: jax.Array, variable: nnx.Variable) -> jax.Array:
-  """Returns cold (repeats, E) as a mask that broadcasts to the variable's value."""
-  axis, shape = _expert_axis(variable), variable.get_value().shape
-  # A router has columns that are no expert's: null experts, first-level gates.
-  cold = jnp.pad(cold, ((0, 0), (0, shape[axis] - cold.shape[1])))
-  return cold.reshape([n if i in (0, axis) else 1 for i, n in enumerate(shape)])
-
-
-def _expert_axis(variable: nnx.Variable) -> int:
-  axes = variable.get_metadata()["axes"]
-  return axes.index("expert" if "expert" in axes else "router")
+  return variable.replace(jnp.where(over_experts(cold, variable), new, bias))
 
 
 def _select(mask: nnx.Variable, new: jax.Array, old: nnx.Variable) -> nnx.Variable:
@@ -157,6 +141,9 @@ def _select(mask: nnx.Variable, new: jax.Array, old: nnx.Variable) -> nnx.Variab
 
 def _forget(opt_state, optimizer: optax.GradientTransformation, reset: nnx.State):
   """Sets to zero whatever the optimiser keeps for the entries marked in `reset`."""
-  return optax.tree_map_params(
-    optimizer, lambda kept, mask: jnp.where(mask, jnp.zeros_like(kept), kept), opt_state, reset
-  )
+
+  def zero(kept, mask):
+    value = kept.get_value()
+    return kept.replace(jnp.where(along(mask, kept), jnp.zeros_like(value), value))
+
+  return map_optimizer(optimizer, zero, opt_state, reset)

@@ -4,9 +4,10 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from moe_jax.errors import UserError
 
@@ -16,7 +17,19 @@ SUMMARY_FILE = "summary.json"
 _LOCK_FILE = ".lock"
 _REMAKE_SUMMARY = "delete that file and train again to have it made anew"
 # Sections and fields of a config that change nothing a run has written or will write.
-_NO_CONTENTS = ("report", "checkpoint", "imports", "data.data_dir", "log.tensorboard")
+_NO_CONTENTS = (
+  "report",
+  "checkpoint",
+  "imports",
+  "sharding",
+  "data.data_dir",
+  "faults",
+  "log.tensorboard",
+  "log.wandb",
+  "log.trackio",
+  "log.profile",
+)
+_TRIES, _SECONDS_BETWEEN_TRIES = 5, 0.1
 # What a run that was killed before its config was in place leaves.
 _BEFORE_CONFIG = frozenset({_LOCK_FILE, CONFIG_FILE + ".tmp"})
 
@@ -45,6 +58,7 @@ def check_run(workdir: Path, config: dict[str, Any]) -> None:
   """
   if workdir.exists() and not workdir.is_dir():
     raise UserError(f"--workdir={workdir} is a file; expected a folder, for example {workdir}_run")
+  _check_links(workdir)
   place = next(folder for folder in (workdir, *workdir.absolute().parents) if folder.exists())
   if not (place.is_dir() and os.access(place, os.W_OK)):
     raise UserError(
@@ -52,7 +66,7 @@ def check_run(workdir: Path, config: dict[str, Any]) -> None:
       " workdir"
     )
   if (workdir / CONFIG_FILE).exists():
-    difference = _difference(_identity(read_config(workdir)), _identity(config))
+    difference = _difference(identity(read_config(workdir)), identity(config))
     if difference:
       raise UserError(
         f"--workdir={workdir} holds a run of another config ({CONFIG_FILE}: {difference});"
@@ -83,18 +97,70 @@ def claim_run(workdir: Path, config: dict[str, Any]) -> Iterator[None]:
       f"--workdir={workdir} cannot be written ({error.strerror}); give a folder you may write to"
     ) from error
   with lock:
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not _locked(lock):
       raise UserError(
         f"--workdir={workdir}: another process is training there; wait for it, or give another"
         " workdir"
-      ) from None
+      )
     # Another process may have begun a run of its own since the folder was last checked.
     check_run(workdir, config)
     if not (workdir / CONFIG_FILE).exists() or read_config(workdir) != _as_json(config):
       write_json(workdir / CONFIG_FILE, config)
     yield
+
+
+def _locked(file: IO) -> bool:
+  """Takes the lock of a run folder, unless it stays taken.
+
+  Who only looks whether it is taken (see `is_claimed`) holds it for a moment too.
+  """
+  for _ in range(_TRIES):
+    with contextlib.suppress(BlockingIOError):
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      return True
+    time.sleep(_SECONDS_BETWEEN_TRIES)
+  return False
+
+
+def _check_links(workdir: Path) -> None:
+  for folder in (workdir, *workdir.parents):
+    if folder.is_symlink() and not folder.exists():
+      raise UserError(
+        f"--workdir={workdir} cannot be made: {folder} is a link to {os.readlink(folder)}, which is"
+        " not there; make that folder, or give another workdir"
+      )
+
+
+def is_claimed(workdir: Path) -> bool:
+  """Tells whether a process of this host is training in a run folder."""
+  path = workdir / _LOCK_FILE
+  if not path.exists():
+    return False
+  with path.open() as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+      return True
+  return False
+
+
+def check_joined_run(workdir: Path, config: dict[str, Any]) -> None:
+  """Checks that a process which joins a run sees the folder of the one that claimed it.
+
+  Raises:
+    UserError: it sees another folder, or has another config, also in what does not decide the
+      contents of a run.
+  """
+  if not (workdir / CONFIG_FILE).exists():
+    raise UserError(
+      f"--workdir={workdir} is not the folder that process 0 writes: give all processes one folder"
+      " on a file system that they share"
+    )
+  if difference := _difference(read_config(workdir), _as_json(config)):
+    raise UserError(
+      f"--workdir={workdir}: process 0 trains another config ({CONFIG_FILE}: {difference}); give"
+      " all processes the same one"
+    )
 
 
 def read_config(workdir: Path) -> dict[str, Any]:
@@ -137,21 +203,21 @@ def _damaged(path: Path, reason: Any, remedy: str) -> UserError:
   return UserError(f"{path} is damaged ({reason}); {remedy}")
 
 
-def _identity(config: dict[str, Any]) -> dict[str, Any]:
+def identity(config: dict[str, Any]) -> dict[str, Any]:
   """Returns what decides the contents of a run: its metrics, parameters, summary.
 
-  Where its data, checkpoints and modules lie, how many are kept, and how it is shown are not
-  among them.
+  Where its data, checkpoints and modules lie, how many are kept, which devices work on it, and how
+  it is shown are not among them.
   Which steps are logged and which text is sampled are: one file cannot hold two answers.
   """
-  identity = _as_json(config)
+  kept = _as_json(config)
   for name in _NO_CONTENTS:
     section, _, field = name.partition(".")
     if not field:
-      identity.pop(section, None)
-    elif isinstance(identity.get(section), dict):
-      identity[section].pop(field, None)
-  return identity
+      kept.pop(section, None)
+    elif isinstance(kept.get(section), dict):
+      kept[section].pop(field, None)
+  return kept
 
 
 def _as_json(config: dict[str, Any]) -> dict[str, Any]:

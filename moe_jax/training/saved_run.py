@@ -61,4 +61,4 @@ def load_experiment(workdir: Path) -> ExperimentConfig:
 
 def _template(config: ExperimentConfig) -> TrainState:
   optimizer = make_optimizer(config.optimizer, config.steps)
-  return abstract_state(config.model, optimizer, config.repair)
+  return abstract_state(config.model, optimizer, config.repair, balance=config.balance_placement)

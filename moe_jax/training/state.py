@@ -12,9 +12,11 @@ from flax import nnx
 
 from moe_jax.models import ModelConfig, make_model
 from moe_jax.moe.router import RouterState
-from moe_jax.training.config import RepairConfig
+from moe_jax.sharding.layout import Layout
+from moe_jax.training.config import BalancePlacementConfig, RepairConfig
 
 NO_REPAIR = RepairConfig()
+NO_BALANCE = BalancePlacementConfig()
 
 
 class Stream(enum.IntEnum):
@@ -50,6 +52,22 @@ class RepairState:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class PlacementState:
+  """What the balancing of devices remembers between steps.
+
+  Attributes:
+    load: (MoE layers, E) float32, assignments that asked for each expert since the last balancing.
+    born: (MoE layers, E) int32, the number that the expert in each place had at first.
+    copied: (MoE layers, spare) int32, the experts that spare slots hold copies of; None without.
+  """
+
+  load: jax.Array
+  born: jax.Array
+  copied: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TrainState:
   """The state of a run; every random number of a step is a function of (seed, step).
 
@@ -61,6 +79,7 @@ class TrainState:
       that clipping reads.
     opt_state: the optimiser's state.
     repair: None unless cold experts are repaired.
+    placement: None unless experts move between devices.
   """
 
   step: jax.Array
@@ -68,6 +87,7 @@ class TrainState:
   router_state: nnx.State
   opt_state: Any
   repair: RepairState | None
+  placement: PlacementState | None = None
 
   @property
   def model(self) -> nnx.State:
@@ -89,29 +109,75 @@ def init_state(
   optimizer: optax.GradientTransformation,
   seed: int,
   repair: RepairConfig = NO_REPAIR,
+  layout: Layout | None = None,
+  balance: BalancePlacementConfig = NO_BALANCE,
 ) -> TrainState:
-  """Returns the state before the first step."""
-  init = functools.partial(_initial, config, optimizer, seed, repair)
-  return jax.jit(init, compiler_options=_init_compiler_options())()
+  """Returns the state before the first step, each parameter born where the layout wants it."""
+  init = functools.partial(_initial, config, optimizer, seed, repair, balance)
+  places = None if layout is None else state_shardings(jax.eval_shape(init), layout)
+  return jax.jit(init, out_shardings=places, compiler_options=_init_compiler_options())()
 
 
 def abstract_state(
   config: ModelConfig,
   optimizer: optax.GradientTransformation,
   repair: RepairConfig = NO_REPAIR,
+  layout: Layout | None = None,
+  balance: BalancePlacementConfig = NO_BALANCE,
 ) -> TrainState:
-  """Returns the shapes and dtypes of the state, without making it: what a restore needs."""
-  return jax.eval_shape(functools.partial(_initial, config, optimizer, 0, repair))
+  """Returns the shapes, dtypes and places of the state, without making it: for a restore.
+
+  Raises:
+    UserError: a parameter that the mesh does not divide.
+  """
+  state = jax.eval_shape(functools.partial(_initial, config, optimizer, 0, repair, balance))
+  if layout is None:
+    return state
+
+  def placed(shape, sharding):
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+  return jax.tree.map(placed, state, state_shardings(state, layout))
 
 
-def _initial(config, optimizer, seed, repair) -> TrainState:
+def state_shardings(state: TrainState, layout: Layout) -> TrainState:
+  """Returns where each array of a state lives: an optimiser's moments beside their parameters.
+
+  Router state is on every device, which all of them read.
+
+  Raises:
+    UserError: a parameter that the mesh does not divide.
+  """
+  whole = jax.tree.map(lambda _: layout.replicated, state)
+  return dataclasses.replace(
+    whole, params=layout.of_tree(state.params), opt_state=layout.of_tree(state.opt_state)
+  )
+
+
+def _initial(config, optimizer, seed, repair, balance) -> TrainState:
   model = make_model(config, key=jax.random.key(seed))
   _, params, router_state = nnx.split(model, nnx.Param, RouterState)
-  window = None
-  if repair.every:
-    shape = len(config.moe_layers(train=True)), config.moe.routing.num_experts
-    window = RepairState(jnp.zeros(shape, jnp.float32), jnp.int32(0))
-  return TrainState(jnp.int32(0), params, router_state, optimizer.init(params), window)
+  opt_state = optimizer.init(params)
+  windows = new_windows(config, repair, balance)
+  return TrainState(jnp.int32(0), params, router_state, opt_state, *windows)
+
+
+def new_windows(
+  config: ModelConfig, repair: RepairConfig, balance: BalancePlacementConfig
+) -> tuple[RepairState | None, PlacementState | None]:
+  """Returns the windows over which loads are counted, before the first step; None without."""
+  if not repair.every and not balance.every:
+    return None, None
+  shape = len(config.moe_layers(train=True)), config.moe.routing.num_experts
+  load, born = jnp.zeros(shape, jnp.float32), jnp.arange(shape[1], dtype=jnp.int32)
+  copied = None
+  if balance.spare:
+    # Before any load is known, copies of no use: a slot must hold something.
+    copied = jnp.zeros((shape[0], balance.spare), jnp.int32)
+  return (
+    RepairState(load, jnp.int32(0)) if repair.every else None,
+    PlacementState(load, jnp.broadcast_to(born, shape), copied) if balance.every else None,
+  )
 
 
 def _init_compiler_options() -> dict[str, str] | None:

@@ -1,5 +1,7 @@
 """One optimiser step and one evaluation batch, as pure functions."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,10 @@ from moe_jax.models import ModelAux, ModelConfig
 from moe_jax.moe import BalanceScope, RouterInputs
 from moe_jax.moe.losses import loss_weights
 from moe_jax.moe.metrics import max_violation_floor
+from moe_jax.sharding.layout import Layout
+from moe_jax.sharding.pipeline import num_stages
 from moe_jax.training.config import ExperimentConfig
+from moe_jax.training.faults_config import OnNonfinite
 from moe_jax.training.layer_metrics import LayerMetrics, ratios, summands
 from moe_jax.training.microbatches import (
   Batch,
@@ -25,10 +30,19 @@ from moe_jax.training.microbatches import (
   real_tokens_by_layer,
   sum_over,
 )
-from moe_jax.training.optimizer import learning_rate_schedule
+from moe_jax.training.nonfinite import FINITE, is_finite, keep_old_unless
+from moe_jax.training.optimizer import learning_rate_schedule, num_updates
+from moe_jax.training.placed import compile_for, constrain_batch, like_parameters
 from moe_jax.training.repair import count_load, repair_cold_experts
 from moe_jax.training.router_state import state_metrics, update_router_state
-from moe_jax.training.state import Stream, TrainState, model_graph, stream_key
+from moe_jax.training.state import (
+  Stream,
+  TrainState,
+  abstract_state,
+  model_graph,
+  state_shardings,
+  stream_key,
+)
 
 Metrics = dict[str, jax.Array]
 
@@ -102,7 +116,9 @@ def multi_token_nll(aux: ModelAux, batch: Batch) -> jax.Array:
 
 
 def make_train_step(
-  config: ExperimentConfig, optimizer: optax.GradientTransformation
+  config: ExperimentConfig,
+  optimizer: optax.GradientTransformation,
+  layout: Layout | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """Returns step(state, batch) -> (state, metrics), compiled, the old state donated.
 
@@ -112,14 +128,17 @@ def make_train_step(
   (z-loss, and load balance under `balance_scope = global_batch`) are exactly those of the whole
   batch. Router state is updated once, from what the whole step routed. The loss of multi-token
   prediction is divided by all targets too, as in its paper. Metrics are those of the whole step:
-  ratios of sums, not means of ratios; those of router state are read after its update.
+  ratios of sums, not means of ratios; those of router state are read after its update. All of this
+  holds over a whole mesh, whatever its layout.
+
+  The metric `finite` tells whether the loss and the gradients are; unless `faults.on_nonfinite` is
+  `stop`, a step that is not leaves all but the number of steps as it was.
   """
   graph = model_graph(config.model)
   schedule = learning_rate_schedule(config.optimizer, config.steps)
 
-  def objective(params, router_state, global_load, num_targets, batch, key, share: Share):
+  def objective(params, router_state, inputs, num_targets, batch, key, share: Share):
     model = nnx.merge(graph, params, router_state)
-    inputs = RouterInputs(global_load=global_load)
     nll, aux = token_nll(model, batch, train=True, key=key, router_inputs=inputs)
     loss, further = nll / num_targets, multi_token_nll(aux, batch) / num_targets
     total = loss + config.model.mtp_loss_weight * further + aux.weighted_loss * share.losses
@@ -128,14 +147,30 @@ def make_train_step(
     return total, _summands(loss, aux, shares, share) | {"mtp_loss": further}
 
   def gradient(state: TrainState, batch: Batch, parts: Microbatches):
+    parts = dataclasses.replace(parts, batch=constrain_batch(parts.batch))
     num_targets = jnp.maximum(jnp.sum(batch["loss_mask"]), 1)
-    load = _global_load(graph, state, parts) if _needs_global_load(config) else None
-    grad = jax.grad(objective, has_aux=True)
-    return sum_over(
-      lambda *part: grad(state.params, state.router_state, load, num_targets, *part), parts
+    inputs = RouterInputs(
+      global_load=_global_load(graph, state, parts) if _needs_global_load(config) else None,
+      copied=None if state.placement is None else state.placement.copied,
     )
+    known = state.router_state, inputs, num_targets
 
-  def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def of_part(*part):
+      grads, summed = jax.grad(objective, has_aux=True)(state.params, *known, *part)
+      return like_parameters(grads), summed
+
+    def of_all(params):
+      return sum_over(functools.partial(objective, params, *known), parts)
+
+    if num_stages(layout) == 1:
+      return sum_over(of_part, parts)
+    grads, summed = jax.grad(of_all, has_aux=True)(state.params)
+    return like_parameters(grads), summed
+
+  undoing = config.faults.on_nonfinite != OnNonfinite.STOP
+
+  def step(old: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    state = old
     key = jax.random.fold_in(stream_key(config.seed, Stream.STEP), state.step)
     routing = config.model.moe.routing if config.model.moe else None
     grads, summed = gradient(state, batch, cut(batch, key, config.accumulation_steps, routing))
@@ -144,24 +179,36 @@ def make_train_step(
     params = optax.apply_updates(state.params, updates)
     tokens = real_tokens_by_layer(batch, config.model)
     router_state = update_router_state(state.router_state, layers, tokens, config.model)
-    window = count_load(state.repair, layers)
-    state = TrainState(state.step + 1, params, router_state, opt_state, window)
+    windows = (count_load(window, layers) for window in (state.repair, state.placement))
+    state = TrainState(state.step + 1, params, router_state, opt_state, *windows)
     state = repair_cold_experts(state, optimizer, config)
+    grad_norm = optax.tree.norm(grads)
+    finite = is_finite(summed["loss"], grad_norm, updates if undoing else None)
+    if undoing:
+      state = keep_old_unless(finite, state, old)
     places = num_places_by_layer(batch, config.model)
     metrics = {
       "loss": summed["loss"],
       **({"mtp_loss": summed["mtp_loss"]} if config.model.mtp_depth else {}),
-      "grad_norm": optax.tree.norm(grads),
-      "learning_rate": schedule(state.step - 1),
+      "grad_norm": grad_norm,
+      "learning_rate": schedule(num_updates(old.opt_state) if undoing else state.step - 1),
+      FINITE: finite,
       **_depth_metrics(summed["depths"], config),
       **_router_metrics(layers, summed["losses"], state, config, places),
     }
     return state, metrics
 
-  return jax.jit(step, donate_argnums=0)
+  places = None
+  if layout is not None:
+    # Named, so that every step finds the state where the first one did.
+    state = abstract_state(config.model, optimizer, config.repair, balance=config.balance_placement)
+    places = state_shardings(state, layout), layout.replicated
+  return compile_for(layout, step, donate_argnums=0, out_shardings=places)
 
 
-def make_eval_step(config: ModelConfig) -> Callable[[nnx.State, Batch], Metrics]:
+def make_eval_step(
+  config: ModelConfig, layout: Layout | None = None
+) -> Callable[[nnx.State, Batch], Metrics]:
   """Returns eval(model, batch) -> sums over a batch; `model` is `TrainState.model`.
 
   The sums are `nll` in nats, `targets`, `tokens`, and over MoE layers the assignments `asked` for
@@ -181,7 +228,7 @@ def make_eval_step(config: ModelConfig) -> Callable[[nnx.State, Batch], Metrics]
       "dropped": sum((a * f for a, f in zip(asked, fractions, strict=True)), jnp.float32(0)),
     }
 
-  return jax.jit(evaluate)
+  return compile_for(layout, evaluate, out_shardings=None if layout is None else layout.replicated)
 
 
 def _needs_global_load(config: ExperimentConfig) -> bool:
@@ -282,4 +329,7 @@ def _router_metrics(
       metrics[f"moe/{name}"] = sum(layer[name] for layer in logged) / len(logged)
   if state.repair is not None:
     metrics["moe/repaired_experts"] = state.repair.repaired
+  if state.placement is not None:
+    born = state.placement.born
+    metrics["moe/displaced_experts"] = jnp.sum(born != jnp.arange(born.shape[1])[None])
   return metrics

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from flax import nnx
 
@@ -29,7 +29,8 @@ def fill_tables(state: TrainState, config: ModelConfig, records: Sequence[Record
     seeds = [(routing.hash_seed, layer) for layer in stack.layers]
     tables = [balanced_table(counts, routing.num_experts, seed) for seed in seeds]
     path = (*stack.path, "router", "table")
-    flat[path] = flat[path].replace(jnp.asarray(np.stack(tables)))
+    place = flat[path].get_value().sharding
+    flat[path] = flat[path].replace(jax.device_put(np.stack(tables), place))
   return dataclasses.replace(state, router_state=nnx.from_flat_state(flat.items()))
 
 

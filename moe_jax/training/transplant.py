@@ -12,9 +12,10 @@ from flax import nnx
 from moe_jax.convert.rules import flat_leaves
 from moe_jax.convert.surgery import Operation, Role
 from moe_jax.convert.surgery.layer_trees import Leaves
+from moe_jax.errors import UserError
 from moe_jax.training.config import ExperimentConfig
 from moe_jax.training.optimizer import make_optimizer
-from moe_jax.training.state import TrainState, abstract_state
+from moe_jax.training.state import TrainState, abstract_state, new_windows
 
 
 class Moments(enum.StrEnum):
@@ -41,7 +42,7 @@ def transplant(
 ) -> TrainState:
   """Returns the state of the target's run.
 
-  The window over which repair counts loads starts anew.
+  The windows over which loads are counted start anew.
 
   Args:
     state: of the source's run.
@@ -49,9 +50,12 @@ def transplant(
     config: the target's run.
     moments: what becomes of Adam's moments and the number of updates they are corrected for.
     schedule: what becomes of the step, which the learning rate follows.
+
+  Raises:
+    UserError: moments are to be carried that are not Adam's.
   """
   optimizer = make_optimizer(config.optimizer, config.steps)
-  template = abstract_state(config.model, optimizer, config.repair)
+  template = abstract_state(config.model, optimizer)
   values = operation.apply(host_leaves(state.model))
   params = _filled(template.params, values)
   opt_state = optimizer.init(params)
@@ -63,7 +67,7 @@ def transplant(
     params,
     _filled(template.router_state, values),
     _at_step(opt_state, step),
-    jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), template.repair),
+    *new_windows(config.model, config.repair, config.balance_placement),
   )
 
 
@@ -99,6 +103,11 @@ def _at_step(opt_state, step: jax.Array):
 def _adam(opt_state) -> optax.ScaleByAdamState:
   found = []
   _replaced(opt_state, optax.ScaleByAdamState, lambda own: found.append(own) or own)
+  if not found:
+    raise UserError(
+      "moments = carry is refused for a run whose optimizer.name is not adamw: its statistics sum"
+      " over what an operation adds or takes away; use moments = reset"
+    )
   (adam,) = found
   return adam
 

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -13,8 +12,11 @@ import rich.console
 import rich.progress
 
 from moe_jax.errors import UserError
+from moe_jax.sharding.processes import is_first_process
+from moe_jax.training.append_only import LineFile
 from moe_jax.training.config import LogConfig
 from moe_jax.training.run_folder import METRICS_FILE
+from moe_jax.training.tracking import TrackerWriter, check_tracker
 
 Row = dict[str, Any]
 
@@ -27,18 +29,17 @@ class JsonLinesWriter:
   """
 
   def __init__(self, workdir: Path, restored_step: int):
-    self._path = workdir / METRICS_FILE
-    cut_after(self._path, restored_step)
-    self._file = open(self._path, "a")
+    path = workdir / METRICS_FILE
+    cut_after(path, restored_step)
+    self._file = LineFile(path)
 
   def write(self, row: Row) -> None:
     """Writes one line and hands it to the operating system."""
-    self._file.write(json.dumps(row, allow_nan=False) + "\n")
-    self._file.flush()
+    self._file.append(json.dumps(row, allow_nan=False) + "\n")
 
   def sync(self) -> None:
     """Returns when all lines are on disk: call it before a checkpoint that they precede."""
-    os.fsync(self._file.fileno())
+    self._file.sync()
 
   def close(self) -> None:
     """Closes the file."""
@@ -50,9 +51,7 @@ def cut_after(path: Path, step: int) -> None:
   if not path.exists():
     return
   kept = [line for _, line in rows_until(path, step)]
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_bytes(b"".join(kept))
-  os.replace(temporary, path)
+  LineFile(path, [line.decode() for line in kept]).close()
 
 
 def check_rows(workdir: Path, restored_step: int, due: Iterable[int]) -> None:
@@ -120,13 +119,22 @@ class TensorBoardWriter:
     self._writer.close()
 
 
-def open_writers(
-  config: LogConfig, workdir: Path, restored_step: int
-) -> list[JsonLinesWriter | TensorBoardWriter]:
-  """Opens metrics.jsonl, and TensorBoard events if the config asks for them."""
+Writer = JsonLinesWriter | TensorBoardWriter | TrackerWriter
+
+
+def open_writers(config: LogConfig, workdir: Path, restored_step: int) -> list[Writer]:
+  """Opens metrics.jsonl, and what else the config asks for.
+
+  Only the first process of a run writes: the others get none.
+  """
+  if not is_first_process():
+    return []
   writers = [JsonLinesWriter(workdir, restored_step)]
   if config.tensorboard:
     writers.append(TensorBoardWriter(workdir, restored_step))
+  for package, project in (("wandb", config.wandb), ("trackio", config.trackio)):
+    if project:
+      writers.append(TrackerWriter(package, project, workdir))
   return writers
 
 
@@ -137,19 +145,24 @@ def check_writers(config: LogConfig) -> None:
       "config.log.tensorboard = True needs tensorboardX; pip install"
       " 'moe_jax[tensorboard]', or set it to False"
     )
+  check_tracker("wandb", config.wandb)
+  check_tracker("trackio", config.trackio)
 
 
 class Progress:
-  """Shows a run: a bar with ETA and losses on a terminal, one line every few seconds elsewhere."""
+  """Shows a run: a bar with ETA and losses on a terminal, one line every few seconds elsewhere.
+
+  A quiet one shows nothing: one process of a run speaks for all.
+  """
 
   _SECONDS_BETWEEN_LINES = 10.0
 
-  def __init__(self, first_step: int, steps: int, title: str):
-    self._console = rich.console.Console(highlight=False, soft_wrap=True)
+  def __init__(self, first_step: int, steps: int, title: str, *, quiet: bool = False):
+    self._console = rich.console.Console(highlight=False, soft_wrap=True, quiet=quiet)
     self._steps, self._first = steps, first_step
     self._started = self._last_line = time.monotonic()
     self._bar = self._task = None
-    if self._console.is_terminal:
+    if self._console.is_terminal and not quiet:
       self._bar = rich.progress.Progress(
         rich.progress.TextColumn("{task.description}"),
         rich.progress.BarColumn(bar_width=None),
@@ -188,6 +201,8 @@ class Progress:
 
 
 def _losses_text(row: Row) -> str:
+  if row["loss"] is None:
+    return "skipped: not finite"
   parts = [f"loss {row['loss']:.3f}"]
   if "aux_loss" in row:
     parts.append(f"aux {row['aux_loss']:.3f}")

@@ -9,7 +9,7 @@ import numpy as np
 
 from moe_jax.data.packing import FIELDS
 from moe_jax.training.optimizer import make_optimizer
-from moe_jax.training.state import init_state
+from moe_jax.training.state import abstract_state, init_state
 from moe_jax.training.step import make_train_step
 
 
@@ -42,6 +42,28 @@ def initial_state(config):
   """Returns the state before the first step, which accumulation does not change."""
   optimizer = make_optimizer(config.optimizer, config.steps)
   return init_state(config.model, optimizer, config.seed, config.repair)
+
+
+def drawn_state(config, optimizer):
+  """Returns a state at step 1 whose every array is drawn, which compiles nothing."""
+  template = abstract_state(
+    config.model, optimizer, config.repair, balance=config.balance_placement
+  )
+  rng = np.random.default_rng(0)
+
+  def draw(a):
+    if jnp.issubdtype(a.dtype, jnp.integer):
+      return jnp.asarray(rng.integers(0, 4, a.shape), a.dtype)
+    # Positive, as second moments are.
+    return jnp.asarray(0.3 * np.abs(rng.standard_normal(a.shape)), a.dtype)
+
+  state = jax.tree.map(draw, template)
+  # Parameters do not depend on what else there is.
+  rng = np.random.default_rng(1)
+  params = jax.tree.map(
+    lambda a: jnp.asarray(0.3 * rng.standard_normal(a.shape), a.dtype), template.params
+  )
+  return dataclasses.replace(state, step=jnp.int32(1), params=params)
 
 
 def fresh(state):

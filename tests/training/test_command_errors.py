@@ -8,7 +8,7 @@ from training import tiny
 from moe_jax.cli import main
 from moe_jax.errors import UserError
 from moe_jax.training.config import experiment_from
-from moe_jax.training.loop import check_finite
+from moe_jax.training.nonfinite import check_finite
 from moe_jax.training.run_folder import check_run, claim_run, read_config, write_json
 
 FAULTS = [

@@ -1,5 +1,6 @@
 """A run folder that lost or changed a file is refused in one sentence, and left as it is."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -11,12 +12,16 @@ from fast_compilation import compile_fast  # noqa: F401
 from training import tiny
 
 from moe_jax.cli import main
-from moe_jax.training import checkpoint
+from moe_jax.data.builders import prepare
+from moe_jax.errors import UserError
+from moe_jax.training import orbax_store
 from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.config import CheckpointConfig
 from moe_jax.training.optimizer import make_optimizer
 from moe_jax.training.run_folder import claim_run
+from moe_jax.training.saved_run import load_run
 from moe_jax.training.state import abstract_state
+from moe_jax.training.stream import stream_of
 
 STEPS = (2, 4)  # of the checkpoints; every step has a row
 RUN = dict(variant="dense")
@@ -76,7 +81,7 @@ def test_a_damaged_summary_is_named(run, capsys, content):
 
 @pytest.mark.parametrize("part", ["state", "state/manifest.ocdbt", "state/d", "data/metadata"])
 @pytest.mark.parametrize("damage", ["lost", "changed"])
-def test_a_damaged_checkpoint_is_named_and_the_way_back(run, capsys, part, damage):
+def test_a_damaged_checkpoint_is_named_and_the_way_back(run, capsys, caplog, part, damage):
   path = run / "checkpoints" / "4" / part
   if damage == "changed":
     for file in [path] if path.is_file() else path.rglob("*"):
@@ -86,16 +91,50 @@ def test_a_damaged_checkpoint_is_named_and_the_way_back(run, capsys, part, damag
     shutil.rmtree(path)
   else:
     path.unlink()
-  assert_refused(capsys, run, [f"checkpoint {path.parents[part.count('/')]} is damaged", "delete"])
+  with pytest.raises(
+    UserError, match=f"checkpoint {run}/checkpoints/4 is damaged: {part}.* delete"
+  ):
+    load_run(run, step=4)
+  # The step before it has no place in the data, so that training goes no further.
+  assert_refused(capsys, run, [f"{run}/checkpoints/2 is damaged: its place in the data"])
+  (line,) = [line for line in caplog.messages if line.startswith("passing over")]
+  assert f"the damaged checkpoint {run}/checkpoints/4: {part}" in line
+
+
+def test_a_run_without_a_sound_checkpoint_is_refused_and_the_faults_named(run, capsys):
+  for step in STEPS:
+    (run / "checkpoints" / str(step) / "data" / "metadata").unlink()
+  fragments = ["is sound (step 4: data/metadata is missing; step 2: data/metadata", "delete that"]
+  assert_refused(capsys, run, fragments)
 
 
 def test_a_checkpoint_without_its_place_in_the_data_is_damaged(run, capsys):
   assert_refused(capsys, run, [f"{run / 'checkpoints' / '4'} is damaged", "KeyError: 'stream'"])
 
 
-def test_without_the_damaged_checkpoint_the_one_before_it_is_read(run, capsys):
-  shutil.rmtree(run / "checkpoints" / "4")
-  assert_refused(capsys, run, [f"{run / 'checkpoints' / '2'} is damaged", "KeyError: 'stream'"])
+@pytest.mark.parametrize(
+  "place",
+  [
+    {"iterator": {"next_index": -1}},
+    {"iterator": {"next_index": float("nan")}},
+    {"iterator": 4},
+    {"identity": 0},
+    {"wall_seconds": float("inf")},
+    {"faults": {"passed": float("inf")}},
+    {"faults": {"used": -1}},
+  ],
+)
+def test_a_place_in_the_data_that_is_none_is_refused(run, capsys, place):
+  """A sound checkpoint, as another version might have written it."""
+  config = tiny.experiment(**RUN)
+  stream = stream_of(config, prepare(config.data))
+  sound = {"identity": dataclasses.asdict(stream), "iterator": {"next_index": 6}}
+  given = {"stream": sound | place, "wall_seconds": 1.0} | place
+  template = abstract_state(config.model, make_optimizer(config.optimizer, config.steps))
+  state = jax.tree.map(lambda a: jax.numpy.zeros(a.shape, a.dtype), template)
+  with Checkpoints(run, CheckpointConfig()) as checkpoints:
+    checkpoints.save(6, state, given)
+  assert_refused(capsys, run, [f"{run}/checkpoints/6 is damaged: its place in the data"])
 
 
 def test_a_checkpoint_of_another_model_is_refused_where_it_is_read(run, capsys):
@@ -103,7 +142,7 @@ def test_a_checkpoint_of_another_model_is_refused_where_it_is_read(run, capsys):
   config["model"]["model_dim"] *= 2
   (run / "config.json").write_text(json.dumps(config))
   words = ["generate", f"--workdir={run}", "--prompt=a"]
-  assert_refused(capsys, run, ["checkpoints/4 is damaged or of another model"], words)
+  assert_refused(capsys, run, ["checkpoints/4 is of another model"], words)
 
 
 def test_a_file_in_place_of_the_checkpoints_is_named(run, capsys):
@@ -118,10 +157,10 @@ def test_a_folder_in_place_of_the_report_is_named(run, capsys):
   assert_refused(capsys, run, [f"{run.resolve() / 'report.html'} cannot be"], words)
 
 
-def test_only_abandoned_reads_are_silenced(monkeypatch):
+def test_only_abandoned_work_is_silenced(monkeypatch):
   shown = []
   monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: shown.append(unraisable.exc_value))
-  checkpoint._silence_abandoned_reads.__wrapped__()
+  orbax_store._silence_abandoned_work.__wrapped__()
   thrown_away, other = Exception("error while reading"), RuntimeError("another")
   thrown_away.__cause__ = GeneratorExit()
   for error in (RuntimeError("Event loop is closed"), thrown_away, other, None):

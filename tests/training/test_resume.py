@@ -1,22 +1,25 @@
 """A run that was killed and started again equals one that was not, bit for bit."""
 
+import fcntl
 import json
-import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
 import numpy as np
 import pytest
+from fast_compilation import compile_fast  # noqa: F401
 from training import tiny
 
 from moe_jax.cli import main
 from moe_jax.errors import UserError
 from moe_jax.provenance import source_commit
-from moe_jax.training.run_folder import claim_run
+from moe_jax.training.run_folder import check_run, claim_run, is_claimed
+from moe_jax.training.run_outputs import RunOutputs
 from moe_jax.training.saved_run import load_run
 from moe_jax.training.writers import check_rows, cut_after
 
@@ -62,7 +65,10 @@ def whole_run(tmp_path_factory):
 
 def start(workdir) -> subprocess.Popen:
   command = tiny.command(workdir, **RUN)
-  environment = dict(os.environ, JAX_PLATFORMS="cpu")
+  # As many devices as the tests have, as the summary names them, and compiled as they are.
+  environment = tiny.environment(
+    JAX_NUM_CPU_DEVICES=str(jax.device_count()), JAX_DISABLE_MOST_OPTIMIZATIONS="1"
+  )
   return subprocess.Popen(
     [sys.executable, "-m", "moe_jax.cli", *command],
     cwd=tiny.ROOT,
@@ -121,6 +127,24 @@ def test_a_second_process_in_the_same_folder_is_refused(whole_run, capsys):
   assert "another process is training there" in capsys.readouterr().err
 
 
+def test_one_who_only_looks_whether_a_run_is_trained_keeps_no_training_out(tmp_path):
+  with claim_run(tmp_path / "run", {}):
+    pass
+  with (tmp_path / "run/.lock").open() as looked:
+    fcntl.flock(looked, fcntl.LOCK_SH)
+    threading.Timer(0.15, fcntl.flock, (looked, fcntl.LOCK_UN)).start()
+    with claim_run(tmp_path / "run", {}):
+      assert is_claimed(tmp_path / "run")
+  assert not is_claimed(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["link", "link/run"])
+def test_a_link_to_nowhere_is_named(name, tmp_path):
+  (tmp_path / "link").symlink_to("away")
+  with pytest.raises(UserError, match="link is a link to away, which is not there"):
+    check_run(tmp_path / name, {})
+
+
 def test_a_run_of_another_config_is_refused_and_left_alone(whole_run, capsys):
   before = {p: p.read_bytes() for p in whole_run.iterdir() if p.is_file()}
   assert main(tiny.command(whole_run, **{**RUN, "steps": 41})) == 2
@@ -156,6 +180,15 @@ def test_rows_that_a_checkpoint_comes_after_must_be_there(tmp_path, content, fra
   with pytest.raises(UserError, match=fragment):
     check_rows(tmp_path, 3, [1, 2, 3])
   assert content is None or path.read_text() == content
+
+
+def test_damaged_events_are_refused_before_rows_are_cut(tmp_path):
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n')
+  (tmp_path / "events.jsonl").write_text('{"event": "started"}\n')
+  before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+  with pytest.raises(UserError, match="line 1 is no event"):
+    RunOutputs(tiny.experiment(log__every=1), tmp_path, restored_step=2)
+  assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_rows_beyond_the_checkpoint_may_be_damaged(tmp_path):

@@ -118,7 +118,7 @@ def test_metrics_have_the_documented_names():
   assert expected <= set(metrics)
   assert not [name for name in metrics if name.startswith(("moe/layer_0", "moe/layer_2"))]
   _, dense = one_step(tiny.experiment("dense"), make_batch())
-  assert set(dense) == {"loss", "grad_norm", "learning_rate"}
+  assert set(dense) == {"loss", "grad_norm", "learning_rate", "finite"}
 
 
 def test_model_metric_is_the_mean_over_layers():

@@ -19,6 +19,7 @@ from moe_jax.convert.surgery import (
   upcycling,
   without,
 )
+from moe_jax.errors import UserError
 from moe_jax.moe import preset
 from moe_jax.training.config import RepairConfig
 from moe_jax.training.optimizer import make_optimizer
@@ -123,3 +124,14 @@ def test_pruning_keeps_moments_and_starts_the_window_of_repair_anew():
   for have, source in zip(parts(new)[0][1:], parts(state)[0][1:], strict=True):
     np.testing.assert_array_equal(leaves_of(have)[path][0], leaves_of(source)[path][0][[0, 2, 3]])
   assert new.repair.load.shape == (1, 3) and not new.repair.load.any()
+
+
+def test_moments_that_are_not_adams_are_not_carried():
+  source = tiny.experiment(
+    "dense", model__segments=(("attention:dense", 1),), optimizer__name="adafactor"
+  )
+  options, state = UpcycleOptions(), drawn_state(source)
+  model = upcycled_config(source.model, preset("mixtral", num_experts=4), (0,), options)
+  operation = upcycling(source.model, model, options, KEY)
+  with pytest.raises(UserError, match="moments = carry is refused .* use moments = reset"):
+    transplant(state, operation, dataclasses.replace(source, model=model))

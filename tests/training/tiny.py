@@ -1,5 +1,6 @@
-"""A run that trains in a second: the quickstart's config with everything small."""
+"""A run that trains in a second: the quickstart's config with everything small, text included."""
 
+import os
 import runpy
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from moe_jax.training.config import ExperimentConfig, experiment_from
 ROOT = Path(__file__).parents[2]
 
 OVERRIDES = {
+  "imports": ("tiny_corpus",),
+  "data.corpus": "beginnings",
   "steps": 6,
   "batch_size": 4,
   "data.sequence_length": 32,
@@ -18,7 +21,7 @@ OVERRIDES = {
   "model.mlp.hidden_dim": 32,
   "optimizer.warmup_steps": 2,
   "eval.every": 3,
-  "eval.batch_size": 512,
+  "eval.batch_size": 64,
   "checkpoint.every": 2,
   "log.every": 1,
   "sample.max_new_tokens": 8,
@@ -50,6 +53,12 @@ def command(workdir, variant: str = "moe", **overrides) -> list[str]:
     f"--workdir={workdir}",
     *(f"--config.{name}={value}" for name, value in chosen.items()),
   ]
+
+
+def environment(**variables: str) -> dict[str, str]:
+  """Returns the variables of a process of its own that runs `command`, and `variables`."""
+  paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
+  return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": paths} | variables
 
 
 def pair_experiment(**overrides) -> ExperimentConfig:
