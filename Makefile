@@ -8,7 +8,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: train test test-full mutants lint bench clean
+.PHONY: train test test-full mutants ablation lint bench clean
 
 train: $(READY)
 	$(BIN)/moe-jax train --config=configs/quickstart.py --workdir=runs/quickstart
@@ -22,6 +22,9 @@ test-full: $(READY)
 
 mutants: $(READY)
 	$(BIN)/python tests/mutations/run.py
+
+ablation: $(READY)
+	$(BIN)/moe-jax sweep --config=experiments/router_zoo/config.py --profile=smoke --workers=2
 
 lint: $(READY)
 	$(BIN)/ruff check .

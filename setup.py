@@ -21,6 +21,8 @@ _REQUIREMENTS = [
   "numpy>=2.4",
   "optax>=0.2.8",
   "orbax-checkpoint>=0.12.8",
+  "protobuf>=5.0",
+  "pyarrow>=20.0",
   "rich>=15.0",
   "safetensors>=0.8",
   "scipy>=1.14",
@@ -35,9 +37,17 @@ _EXTRAS = {
   "gpu": [f"jax[cuda13]{_JAX}"],
   "gpu-cuda12": [f"jax[cuda12]{_JAX}"],
   "tpu": [f"jax[tpu]{_JAX}", "gcsfs"],
+  "gcs": ["gcsfs"],
   "tensorboard": ["tensorboardX>=2.6.5"],
   "hf": _TOKENIZERS,
-  "dev": ["pytest>=9.0", "pytest-xdist>=3.8", "ruff>=0.17", "tensorboardX>=2.6.5", *_TOKENIZERS],
+  "dev": [
+    "pytest>=9.0",
+    "hypothesis>=6.150",
+    "pytest-xdist>=3.8",
+    "ruff>=0.17",
+    "tensorboardX>=2.6.5",
+    *_TOKENIZERS,
+  ],
 }
 
 setup(

@@ -17,6 +17,8 @@ from ml_collections import config_dict
 from moe_jax.config import to_mapping
 from moe_jax.errors import UserError
 from moe_jax.moe import preset
+from moe_jax.sharding.config import ShardingConfig
+from moe_jax.training.faults_config import FaultsConfig
 
 
 def get_config(variant: str = "moe") -> config_dict.ConfigDict:
@@ -29,7 +31,9 @@ def get_config(variant: str = "moe") -> config_dict.ConfigDict:
   config.steps = 3950
   config.batch_size = 16
   config.accumulation_steps = 1
-  config.data = dict(corpus="sotu_1790_1870", tokenizer="bytes", sequence_length=128, data_dir="")
+  config.data = dict(
+    corpus="sotu_1790_1870", sources=(), tokenizer="bytes", sequence_length=128, data_dir=""
+  )
 
   blocks = "attention:dense attention:" + variant
   config.model = dict(
@@ -64,6 +68,7 @@ def get_config(variant: str = "moe") -> config_dict.ConfigDict:
     config.moe.group_size = config_dict.placeholder(int)
 
   config.optimizer = dict(
+    name="adamw",
     learning_rate=4e-3,
     warmup_steps=100,
     final_fraction=0.05,
@@ -74,9 +79,12 @@ def get_config(variant: str = "moe") -> config_dict.ConfigDict:
     epsilon=1e-8,
   )
   config.eval = dict(every=500, batch_size=0)
-  config.checkpoint = dict(every=500, keep=2)
+  config.checkpoint = dict(every=500, keep=2, keep_every=0, keep_best=0)
+  config.sharding = to_mapping(ShardingConfig())
   config.repair = dict(every=0, threshold=0.1, init="copy", noise=0.01)
-  config.log = dict(every=10, tensorboard=False)
+  config.balance_placement = dict(every=0, devices=0, nodes=1, spare=0, min_gain=0.05)
+  config.faults = to_mapping(FaultsConfig())
+  config.log = dict(every=10, tensorboard=False, wandb="", trackio="", profile=(0, 0))
   config.sample = dict(prompt="The President", max_new_tokens=400, temperature=0.7)
   curve = "experiments/quickstart/dense_baseline.json" if variant == "moe" else ""
   config.report = dict(baseline=curve)

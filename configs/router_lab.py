@@ -24,6 +24,8 @@ from ml_collections import config_dict
 from moe_jax.config import to_mapping
 from moe_jax.moe import Overflow, RoutingConfig, preset
 from moe_jax.moe.registry import Chooser
+from moe_jax.sharding.config import ShardingConfig
+from moe_jax.training.faults_config import FaultsConfig
 
 NUM_EXPERTS = 8
 
@@ -36,7 +38,9 @@ def get_config(name: str = "switch") -> config_dict.ConfigDict:
   config.steps = 3950
   config.batch_size = 16
   config.accumulation_steps = 1
-  config.data = dict(corpus="sotu_1790_1870", tokenizer="bytes", sequence_length=128, data_dir="")
+  config.data = dict(
+    corpus="sotu_1790_1870", sources=(), tokenizer="bytes", sequence_length=128, data_dir=""
+  )
   config.model = dict(
     model_dim=48,
     segments=(("attention:dense attention:moe", 2),),
@@ -75,6 +79,7 @@ def get_config(name: str = "switch") -> config_dict.ConfigDict:
     if config.moe[field.name] is None:
       config.moe[field.name] = config_dict.placeholder(int if field.type == int | None else float)
   config.optimizer = dict(
+    name="adamw",
     learning_rate=4e-3,
     warmup_steps=100,
     final_fraction=0.05,
@@ -85,9 +90,12 @@ def get_config(name: str = "switch") -> config_dict.ConfigDict:
     epsilon=1e-8,
   )
   config.repair = dict(every=0)
+  config.balance_placement = dict(every=0, devices=0, nodes=1, spare=0, min_gain=0.05)
   config.eval = dict(every=500, batch_size=0)
-  config.checkpoint = dict(every=500, keep=2)
-  config.log = dict(every=10, tensorboard=False)
+  config.checkpoint = dict(every=500, keep=2, keep_every=0, keep_best=0)
+  config.sharding = to_mapping(ShardingConfig())
+  config.faults = to_mapping(FaultsConfig())
+  config.log = dict(every=10, tensorboard=False, wandb="", trackio="", profile=(0, 0))
   config.sample = dict(prompt="The President", max_new_tokens=400, temperature=0.7)
   config.report = dict(baseline="experiments/quickstart/dense_baseline.json")
   return config

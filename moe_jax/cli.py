@@ -18,7 +18,7 @@ from moe_jax import __version__
 from moe_jax.choices import did_you_mean
 from moe_jax.config import find_in_current_folder
 from moe_jax.config.command_line import REQUIRED, Flag, FlagKind, parse_command_line
-from moe_jax.errors import UserError
+from moe_jax.errors import EXIT_USER, UserError
 
 _PROGRAM = "moe-jax"
 # As of a program that the signal of a closed pipe ends.
@@ -28,11 +28,19 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-  """Describes one subcommand; `entry` is "module:function", called with the parsed flags."""
+  """Describes one subcommand.
+
+  Attributes:
+    help: one line.
+    entry: "module:function", called with the parsed flags.
+    flags: that it takes.
+    words: names of flags whose values may also come first, without names, in this order.
+  """
 
   help: str
   entry: str
   flags: tuple[Flag, ...]
+  words: tuple[str, ...] = ()
 
 
 _RUN = Flag("workdir", FlagKind.FOLDER, "folder of a run made by moe-jax train")
@@ -63,6 +71,7 @@ _OPERATION = (
 _TRACE = Flag(
   "trace", FlagKind.FILE, "a trace to count the use of experts in; --batches if absent", None
 )
+_DATA = Flag("config", FlagKind.CONFIG, "config file, whose section data says what to read")
 _ROUTER_STD = Flag("router_std", FlagKind.NUMBER, "standard deviation of new router columns", 0.02)
 
 COMMANDS = {
@@ -70,8 +79,17 @@ COMMANDS = {
     "train the model of a config file; the same command again resumes the run",
     "moe_jax.commands.training:train",
     (
-      Flag("config", FlagKind.CONFIG, "config file, and one of the variants its docstring lists"),
+      Flag(
+        "config",
+        FlagKind.CONFIG,
+        "config file, and one of the variants its docstring lists",
+        instead="replay",
+      ),
       Flag("workdir", FlagKind.FOLDER, "folder of the run: metrics, checkpoints, report"),
+      Flag("replay", FlagKind.FOLDER, "a run to train again from its own config", None),
+      Flag("coordinator", FlagKind.TEXT, "HOST:PORT of process 0, if there are several", None),
+      Flag("num_processes", FlagKind.INTEGER, "how many; found on TPU, GKE and Slurm", None),
+      Flag("process_id", FlagKind.INTEGER, "which one this is, from 0", None),
     ),
   ),
   "eval": Command(
@@ -131,7 +149,7 @@ COMMANDS = {
     ),
   ),
   "convert upcycle": Command(
-    "make a run with experts from a dense one: every expert a copy, or a part of one",
+    "make a run with experts from a dense one: each a copy, or a part of it",
     "moe_jax.commands.surgery:upcycle",
     (
       Flag(
@@ -151,7 +169,7 @@ COMMANDS = {
     ),
   ),
   "convert prune": Command(
-    "make a run with fewer experts: the most used, the largest, or all but some ids",
+    "make a run with fewer experts: the most used, the largest, or some ids",
     "moe_jax.commands.surgery:prune",
     (
       Flag("num_experts", FlagKind.INTEGER, "experts of a layer that stay", None),
@@ -162,7 +180,7 @@ COMMANDS = {
     ),
   ),
   "convert merge": Command(
-    "make a run with fewer experts: means of those that are alike, weighted by use",
+    "make a run with fewer experts: weighted means of those that are alike",
     "moe_jax.commands.surgery:merge",
     (
       Flag("num_experts", FlagKind.INTEGER, "experts of a layer that there are to be"),
@@ -184,17 +202,103 @@ COMMANDS = {
       *_OPERATION,
     ),
   ),
+  "checkpoint ls": Command(
+    "list the checkpoints of a run, and whether each is as it was saved",
+    "moe_jax.commands.checkpoint:ls",
+    (_RUN,),
+    ("workdir",),
+  ),
+  "checkpoint verify": Command(
+    "read all of a run's checkpoints; exit status 2 if one is damaged",
+    "moe_jax.commands.checkpoint:verify",
+    (_RUN, Flag("step", FlagKind.INTEGER, "checkpoint to read; all if absent", None)),
+    ("workdir",),
+  ),
+  "checkpoint diff": Command(
+    "tell in which arrays two checkpoints differ, and by how much",
+    "moe_jax.commands.checkpoint:diff",
+    (
+      _RUN,
+      Flag("other", FlagKind.FOLDER, "another run; the same one if absent", None),
+      _STEP,
+      Flag("other_step", FlagKind.INTEGER, "the other checkpoint; the latest if absent", None),
+    ),
+    ("workdir", "other"),
+  ),
+  "supervise": Command(
+    "start moe-jax train again when it was stopped or has died",
+    "moe_jax.commands.supervise:supervise",
+    (
+      Flag("restarts", FlagKind.INTEGER, "so many at most", 100),
+      Flag("backoff", FlagKind.NUMBER, "seconds before a restart; doubled by each crash", 1.0),
+      Flag("command", FlagKind.TEXTS, "written as -- train --config=... --workdir=...", ()),
+    ),
+  ),
+  "watch": Command(
+    "show a run as it goes: loss, load of experts, speed, events",
+    "moe_jax.commands.watch:watch",
+    (
+      _RUN,
+      Flag("once", FlagKind.SWITCH, "print one picture and end", False),
+      Flag("every", FlagKind.NUMBER, "seconds between two pictures", 2.0),
+    ),
+    ("workdir",),
+  ),
   "report": Command(
-    "write the report of a run: curves, routing, samples",
+    "write the report of a run, or the pages of a folder of recipes",
     "moe_jax.commands.reporting:report",
-    (_RUN, Flag("compare", FlagKind.FOLDERS, "another run to set beside it; repeatable", ())),
+    (
+      Flag("workdir", FlagKind.FOLDER, "folder of a run, or of recipes as experiments/"),
+      Flag("compare", FlagKind.FOLDERS, "another run to set beside it; repeatable", ()),
+    ),
+    ("workdir",),
+  ),
+  "sweep": Command(
+    "train all arms of a recipe over seeds and judge a paper's claims by them",
+    "moe_jax.commands.sweeping:sweep",
+    (
+      Flag("config", FlagKind.FILE, "file of the recipe, with a function get_recipe()"),
+      Flag("profile", FlagKind.TEXT, "smoke, cpu, full or gpu", "smoke"),
+      Flag("workdir", FlagKind.FOLDER, "folder of all runs, shared by recipes", "runs/sweeps"),
+      Flag("cards", FlagKind.FOLDER, "folder of the cards; one in the workdir if absent", None),
+      Flag("workers", FlagKind.INTEGER, "runs at a time, each on cores of its own", 1),
+      Flag("index", FlagKind.INTEGER, "do this run alone, as in a job array", None),
+      Flag("list", FlagKind.SWITCH, "list the runs and end", False),
+    ),
   ),
   "plan": Command(
-    "count what a model costs: parameters, FLOPs and bytes, without building it",
+    "count what a model costs, or compile its training step for a pod",
     "moe_jax.commands.planning:plan",
     (
       Flag("config", FlagKind.CONFIG, "config file, and one of the variants its docstring lists"),
+      Flag("topology", FlagKind.TEXT, "compile for a slice of TPUs, as v5p:4x4x4", None),
+      Flag("slices", FlagKind.INTEGER, "such slices, joined by the data-centre network", 1),
+      Flag("layout", FlagKind.TEXT, "which arrays are split, as fsdp or ep_fsdp", None),
+      Flag("batch", FlagKind.INTEGER, "sequences a step; 8,192 tokens a chip if absent", None),
+      Flag("dispatch", FlagKind.TEXT, "gather, einsum or ragged, over the config's", None),
+      Flag("search", FlagKind.SWITCH, "try layouts, remat, microbatches and group sizes", False),
       Flag("json", FlagKind.SWITCH, "print all numbers exactly, as JSON", False),
+    ),
+  ),
+  "data prepare": Command(
+    "tokenise and pack the data of a config, once; again, it goes on",
+    "moe_jax.commands.data:prepare_data",
+    (_DATA,),
+  ),
+  "data verify": Command(
+    "compare every file of a prepared data set with its checksum",
+    "moe_jax.commands.data:verify_data",
+    (_DATA,),
+  ),
+  "data train-tokenizer": Command(
+    "train a SentencePiece model on the training documents of a config",
+    "moe_jax.commands.data:train_tokenizer",
+    (
+      _DATA,
+      Flag("out", FlagKind.FILE, "the .model file to write"),
+      Flag("vocab_size", FlagKind.INTEGER, "ids, special ones and 256 bytes included", 8192),
+      Flag("kind", FlagKind.TEXT, "bpe or unigram", "bpe"),
+      Flag("megabytes", FlagKind.INTEGER, "text to learn from, the first of each source", 64),
     ),
   ),
   "conventions": Command(
@@ -206,7 +310,7 @@ COMMANDS = {
     ),
   ),
   "audit": Command(
-    "change later tokens of a model or router, report what leaks into earlier ones",
+    "change later tokens of a model or router, report what leaks back",
     "moe_jax.commands.audit:audit",
     (
       Flag("config", FlagKind.CONFIG, "config file of a model, with a variant if it has any", None),
@@ -224,8 +328,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv: the words after the program's name; those of this process when None.
 
   Returns:
-    0 on success, 2 after a fault of the user's, 130 after an interrupt, 141 when the reader of the
-    output has closed it.
+    0 on success, 2 after a fault of the user's, 75 when a run was told to end and is saved, 130
+    after an interrupt, 141 when the reader of the output has closed it.
   """
   # A terminal that cannot show a character must not end a run that has been trained.
   if isinstance(sys.stdout, io.TextIOWrapper):
@@ -235,7 +339,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stdout.flush()
     return status
   except UserError as error:
-    return _refuse(str(error))
+    return _refuse(str(error), error.status)
   except BrokenPipeError:
     # The reader, as `head`, has what it wanted; Python would try what is left again at its end.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -249,10 +353,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 130
 
 
-def _refuse(sentence: str) -> int:
-  """Prints a fault of the user's on one line and returns its exit status."""
-  print(f"{_PROGRAM}: error: {' '.join(sentence.split())}", file=sys.stderr)
-  return 2
+def _refuse(sentence: str, status: int = EXIT_USER) -> int:
+  """Prints a fault of the user's, or why a run has stopped, on one line; returns the status."""
+  kind = "error: " if status == EXIT_USER else ""
+  print(f"{_PROGRAM}: {kind}{' '.join(sentence.split())}", file=sys.stderr)
+  return status
 
 
 def _os_fault(error: OSError) -> str:
@@ -284,15 +389,52 @@ def _run(argv: list[str]) -> int:
   elif rest and not rest[0].startswith("-"):
     _check_operation(name, rest[0])
   if name not in COMMANDS:
-    single = [each for each in COMMANDS if " " not in each]
-    raise UserError(f"{name!r} is not a command; {did_you_mean(name, single)}")
-  if "--help" in rest or "-h" in rest:
+    if rest != ["--help"] or not _operations(name):
+      raise _unknown(name)
+    print(f"usage: {_PROGRAM} {name} OPERATION [--flag=value ...]{_operations(name)}")
+    return 0
+  own = _split_command(rest)[0]
+  if "--help" in own or "-h" in own:
     print(_command_help(name))
     return 0
   command = COMMANDS[name]
   find_in_current_folder()
+  rest, further = _split_command(rest)
+  if further and not any(flag.name == "command" for flag in command.flags):
+    raise UserError(f"{_PROGRAM} {name} takes no command after --; leave out {further[0]!r}")
+  rest = _named(rest, command.words)
   arguments = parse_command_line(rest, flags=command.flags, program=f"{_PROGRAM} {name}")
+  if further:
+    arguments.command = tuple(further)
   return pkgutil.resolve_name(command.entry)(arguments) or 0
+
+
+def _named(argv: list[str], names: Sequence[str]) -> list[str]:
+  """Puts the names of flags to the values that may come without."""
+  count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+  named = [f"--{name}={word}" for name, word in zip(names, argv[:count], strict=False)]
+  return named + argv[len(named) :]
+
+
+def _unknown(name: str) -> UserError:
+  """Explains a first word that is no command, or none without a second word."""
+  operations = [each.removeprefix(f"{name} ") for each in COMMANDS if each.startswith(f"{name} ")]
+  if operations:
+    choices = ", ".join(operations)
+    return UserError(f"{_PROGRAM} {name} needs an operation, one of {choices}")
+  return UserError(f"{name!r} is not a command; {did_you_mean(name, _first_words())}")
+
+
+def _first_words() -> list[str]:
+  return list(dict.fromkeys(each.partition(" ")[0] for each in COMMANDS))
+
+
+def _split_command(words: list[str]) -> tuple[list[str], list[str]]:
+  """Returns the words before a "--", and the command after it."""
+  if "--" not in words:
+    return words, []
+  place = words.index("--")
+  return words[:place], words[place + 1 :]
 
 
 def _check_operation(name: str, word: str) -> None:
@@ -314,11 +456,15 @@ def _program_help() -> str:
 
 def _command_help(name: str) -> str:
   command = COMMANDS[name]
-  needed = [_spelt(flag) for flag in command.flags if flag.default is REQUIRED]
+  needed = [
+    flag.kind.value if flag.name in command.words else _spelt(flag)
+    for flag in command.flags
+    if flag.default is REQUIRED
+  ]
   rest = "" if len(needed) == len(command.flags) else " [--flag=value ...]"
   rows = [(_spelt(flag), flag.help + _default_note(flag)) for flag in command.flags]
   if command.flags[0].kind is FlagKind.CONFIG:
-    rest += " [--config.FIELD=VALUE ...]"
+    rest += "\n  [--config.FIELD=VALUE ...]"
     rows.append(("--config.FIELD=VALUE", "set one field, for example --config.moe.top_k=1"))
   return (
     f"usage: {' '.join([_PROGRAM, name, *needed])}{rest}\n\n"

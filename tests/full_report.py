@@ -26,9 +26,25 @@ Written by `make test-full` (`tests/full_report.py`) from [full_results.json](fu
 - `test_layer_product`: output and all gradients of the layer against the same loops, within 1e-5 of
   each tensor's largest entry, for one of two random cotangents. A config is a kind of plan in one
   form of dispatch.
+- `test_layer_on_a_mesh`: the layer on eight devices against the same layer on one, output, losses,
+  metrics and all gradients within 1e-5, drops the same. A config is a router preset with a path of
+  dispatch and exchange on a mesh, those of `make test` left out.
+- `test_damaged_checkpoints`: a saved step of which one byte is changed, half of them drawn by byte
+  and half by file. An input is such a byte: the step must be refused by the name of the file, and
+  the step before it restored bit for bit.
+- `test_other_host_counts`: a run of eight devices on four hosts, told to end, goes on with two
+  hosts of one device each and with one alone: rows and parameters as of an undisturbed run of one
+  device, within 1e-4 (another order of sums in float32, through 24 steps of Adam).
+- `test_fuzz_configs`, `test_fuzz_hub_folders`, `test_fuzz_data_folders`, `test_fuzz_runs`: damage
+  drawn by hypothesis to command lines and configs, checkpoints of the hub, folders of text, and run
+  folders with their checkpoints. A config is a config file, a family of models, a file format or a
+  command; an input is one that no input before it equals. It must be taken, or refused in one
+  sentence, within a minute; then nothing is written, and what is restored is what was saved.
 
-A part is complete with six tests of `test_routing_product` (one a weighting; nine parts) or four of
-`test_layer_product` (one a selection; three parts). Parts that are not listed have not been run.
+A part is complete with six tests of `test_routing_product` (one a weighting; nine parts), four of
+`test_layer_product` (one a selection; three parts), ten of `test_layer_on_a_mesh` (one a mesh;
+eight parts) or one of the others (`test_damaged_checkpoints` five parts, `test_other_host_counts`
+two, `test_fuzz_*` nine). Parts that are not listed have not been run.
 """
 COLUMNS = ("test", "part", "configs", "inputs", "passed", "failed", "CPU seconds", "commit")
 

@@ -17,7 +17,6 @@ import jax
 from moe_jax.cli import main as moe_jax
 from moe_jax.config.load import load_config, override
 from moe_jax.data.builders import prepare
-from moe_jax.data.loader import train_iterator
 from moe_jax.planning.count import count_parameters
 from moe_jax.planning.flops import training_flops_per_token
 from moe_jax.training.config import ExperimentConfig, experiment_from
@@ -25,6 +24,7 @@ from moe_jax.training.optimizer import make_optimizer
 from moe_jax.training.run_folder import METRICS_FILE
 from moe_jax.training.state import init_state
 from moe_jax.training.step import make_train_step
+from moe_jax.training.stream import training_batches
 
 CONFIG = "configs/quickstart.py"
 VARIANTS = ("moe", "dense")
@@ -123,7 +123,7 @@ def _experiment(variant: str, seed: int, overrides: list[str]) -> ExperimentConf
 def _stepper(config: ExperimentConfig):
   """Returns a function that runs one compiled step and returns its seconds."""
   data = prepare(config.data)
-  batches = train_iterator(data.train, batch_size=config.batch_size, seed=config.seed)
+  batches = training_batches(config, data)
   optimizer = make_optimizer(config.optimizer, config.steps)
   step = make_train_step(config, optimizer)
   state = init_state(config.model, optimizer, config.seed)

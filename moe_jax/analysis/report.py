@@ -1,12 +1,10 @@
 """Assemble a run's report.html: one self-contained page, a pure function of the run's files."""
 
-import os
-import tempfile
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 
-from moe_jax.analysis import comparison, sections
+from moe_jax.analysis import comparison, sections, time_spent
+from moe_jax.analysis.page import page, write_whole
 from moe_jax.analysis.run_folder import Run, baseline_path, read_baseline, read_run
 from moe_jax.analysis.text import escape
 
@@ -18,6 +16,7 @@ _SECTION_NAMES = (
   ("experts", "Experts"),
   ("optimisation", "Optimisation"),
   ("sample", "Sample"),
+  ("time", "Time"),
   ("config", "Configuration"),
 )
 
@@ -35,7 +34,7 @@ def write_report(workdir: str | Path, compare: Sequence[str | Path] = ()) -> Pat
   run = read_run(workdir)
   others = comparison.labelled([read_run(folder) for folder in compare])
   path = run.path / REPORT_NAME
-  _write_whole(path, render(run, others))
+  write_whole(path, render(run, others))
   return path
 
 
@@ -55,33 +54,10 @@ def render(run: Run, others: Sequence[tuple[str, Run]] = ()) -> str:
     sections.experts(run),
     sections.optimisation(run),
     sections.sample(run),
+    time_spent.section(run.path),
     sections.configuration(run),
   ]
-  return _page(run.name, "\n".join(body))
-
-
-def _page(title: str, body: str) -> str:
-  style = resources.files("moe_jax.analysis").joinpath("report.css").read_text("utf-8")
-  # The policy makes browsers refuse anything that is not in the file itself.
-  return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{escape(title)} · moe_jax report</title>
-<style>
-{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
+  return page(run.name, "\n".join(body))
 
 
 def _header(run: Run, *, compared: bool) -> str:
@@ -133,16 +109,3 @@ def _warnings(run: Run) -> list[str]:
       f"first at step {broken[0]:,}."
     )
   return [f'<p class="warning">{escape(text)}</p>' for text in texts]
-
-
-def _write_whole(path: Path, text: str) -> None:
-  """Replaces `path` in one move, so that a reader never sees half a page."""
-  handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-  try:
-    with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-      file.write(text)
-    os.chmod(temporary, 0o644)  # mkstemp's files are readable by their owner only
-    os.replace(temporary, path)
-  except BaseException:
-    os.unlink(temporary)
-    raise

@@ -10,8 +10,8 @@ from flax import nnx
 from moe_jax.commands.source import check_source
 from moe_jax.convert import load_pretrained, save_pretrained
 from moe_jax.convert.families import family_of
-from moe_jax.convert.saving import check_free
 from moe_jax.models import Model, ModelConfig
+from moe_jax.new_folder import check_free
 from moe_jax.training.saved_run import load_run
 from moe_jax.training.state import model_graph
 

@@ -17,8 +17,8 @@ from moe_jax.commands.source import check_source
 from moe_jax.convert import load_pretrained
 from moe_jax.convert.surgery.layer_trees import Leaves
 from moe_jax.data.builders import PreparedData, prepare
-from moe_jax.data.loader import eval_batches, train_iterator
-from moe_jax.data.loader_state import StreamIdentity, save_state
+from moe_jax.data.loader import eval_batches
+from moe_jax.data.loader_state import save_state
 from moe_jax.errors import UserError
 from moe_jax.moe.router import RouterState
 from moe_jax.training.config import ExperimentConfig, experiment_from
@@ -28,6 +28,7 @@ from moe_jax.training.run_folder import METRICS_FILE
 from moe_jax.training.saved_run import load_state
 from moe_jax.training.state import TrainState, model_graph
 from moe_jax.training.step import run_batch
+from moe_jax.training.stream import stream_of, training_batches
 from moe_jax.training.template import full_config
 from moe_jax.training.transplant import host_leaves
 from moe_jax.training.writers import rows_until
@@ -154,10 +155,5 @@ def _read_checkpoint(path: Path) -> Source:
 
 def beginning(config: ExperimentConfig, data: PreparedData) -> dict[str, Any]:
   """Returns the place in the data before the first step, as checkpoints keep it."""
-  batches = train_iterator(data.train, batch_size=config.batch_size, seed=config.seed)
+  batches = training_batches(config, data)
   return {"stream": save_state(batches, stream_of(config, data)), "wall_seconds": 0.0}
-
-
-def stream_of(config: ExperimentConfig, data: PreparedData) -> StreamIdentity:
-  """Returns what decides the order of a run's training data."""
-  return StreamIdentity(data.fingerprint, config.batch_size, config.seed)

@@ -9,18 +9,20 @@ from typing import Any
 
 from moe_jax.analysis.preservation import Preservation, preservation
 from moe_jax.choices import as_choice
-from moe_jax.commands.surgery_source import Source, beginning, stream_of
+from moe_jax.commands.surgery_source import Source, beginning
 from moe_jax.config.load import override
 from moe_jax.convert.surgery import Operation
 from moe_jax.errors import UserError
 from moe_jax.models import ModelConfig
 from moe_jax.moe.options import Overflow
+from moe_jax.new_folder import check_free
 from moe_jax.planning.count import count_parameters
 from moe_jax.training.config import ExperimentConfig, experiment_from
 from moe_jax.training.evaluate import at_training_capacity
-from moe_jax.training.new_run import CONFIG_SOURCE, check_free, config_fields, write_run
+from moe_jax.training.new_run import CONFIG_SOURCE, config_fields, write_run
 from moe_jax.training.state import TrainState
 from moe_jax.training.step import make_eval_step
+from moe_jax.training.stream import stream_of
 from moe_jax.training.tables import fill_tables
 from moe_jax.training.template import full_config
 from moe_jax.training.transplant import Moments, Schedule, transplant
@@ -54,7 +56,7 @@ def check_request(args: SimpleNamespace) -> None:
   Raises:
     UserError: a target that is taken, a word that is no choice, or no batch to look at.
   """
-  check_free(Path(args.out))
+  check_free(Path(args.out), "--out=")
   as_choice(Moments, "moments", args.moments)
   as_choice(Schedule, "schedule", args.schedule)
   if args.batches < 1:

@@ -9,11 +9,12 @@ longer than a command line needs to print its help.
 
 from moe_jax.config.command_line import Flag, FlagKind, parse_command_line
 from moe_jax.config.imports import find_in_current_folder, import_modules
-from moe_jax.config.schema import dataclass_from, section, to_mapping
+from moe_jax.config.schema import chosen_fields, dataclass_from, section, to_mapping
 
 __all__ = [
   "Flag",
   "FlagKind",
+  "chosen_fields",
   "dataclass_from",
   "find_in_current_folder",
   "import_modules",

@@ -5,7 +5,7 @@ Every word must belong to a flag: a stray or misspelt one is an error, never ign
 
 import dataclasses
 import enum
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,12 +35,21 @@ class FlagKind(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Flag:
-  """Describes one flag: its name, what its text means, one line of help and its default."""
+  """Describes one flag.
+
+  Attributes:
+    name: without dashes.
+    kind: what its text means.
+    help: one line.
+    default: what it is if absent.
+    instead: the name of a flag that takes its place: exactly one of the two is given.
+  """
 
   name: str
   kind: FlagKind
   help: str
   default: Any = REQUIRED
+  instead: str | None = None
 
 
 def parse_command_line(
@@ -68,12 +77,25 @@ def parse_command_line(
       given.setdefault(name, []).append(text)
     else:
       overrides.append((name, text))
-  values = {flag.name: _value(flag, given.get(flag.name), program) for flag in flags}
+  _check_alternatives(flags, given, program)
+  values = {
+    flag.name: None if flag.instead in given else _value(flag, given.get(flag.name), program)
+    for flag in flags
+  }
   for flag in flags:
     if flag.kind is FlagKind.CONFIG:
       values["config_source"] = values[flag.name]
       values[flag.name] = _load(values[flag.name], overrides)
   return SimpleNamespace(**values)
+
+
+def _check_alternatives(flags: Sequence[Flag], given: Collection[str], program: str) -> None:
+  """Refuses two flags of which one takes the other's place."""
+  for flag in flags:
+    if flag.instead in given and flag.name in given:
+      raise UserError(
+        f"{program} takes --{flag.name} or --{flag.instead}, and both were given; leave one out"
+      )
 
 
 def _pairs(
@@ -88,6 +110,8 @@ def _pairs(
   while words:
     word = words.pop(0)
     name, equals, text = word.removeprefix("--").partition("=")
+    # A flag of several words is as often written with dashes.
+    name = name if _is_known(name, table) else name.replace("-", "_")
     if not word.startswith("--") or not _is_known(name, table):
       raise _unexpected(word, table, program)
     if equals:

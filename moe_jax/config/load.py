@@ -37,9 +37,7 @@ def load_config(source: str) -> config_dict.ConfigDict:
     UserError: there is no such file, the variant is unknown, or the file failed.
   """
   path, _, variant = source.partition(":")
-  if not Path(path).is_file():
-    raise UserError(f"--config={source}: there is no file {path}; {_nearest_file(path)}")
-  get_config = _run_file(path).get("get_config")
+  get_config = run_file(path).get("get_config")
   if not callable(get_config):
     raise UserError(f"{path} has no function get_config(), which a config file must define")
   config = _call_get_config(get_config, path, variant)
@@ -83,8 +81,14 @@ def override(config: config_dict.ConfigDict, field: str, text: str) -> None:
     raise UserError(f"{given}: {text!r} is not {_EXPECTED[kind]}") from error
 
 
-def _run_file(path: str) -> dict[str, Any]:
-  """Executes the file and returns its globals; a failure names the file and the exception."""
+def run_file(path: str) -> dict[str, Any]:
+  """Executes a file and returns its globals.
+
+  Raises:
+    UserError: there is no such file, or it failed; names the exception.
+  """
+  if not Path(path).is_file():
+    raise UserError(f"--config={path}: there is no file {path}; {_nearest_file(path)}")
   try:
     return runpy.run_path(path, run_name="config_file")
   except UserError:

@@ -90,6 +90,23 @@ def to_mapping(config: Any) -> dict[str, Any]:
   return mapping
 
 
+def chosen_fields(config: Any) -> dict[str, Any]:
+  """Returns those fields of a config dataclass that differ from their defaults, as for JSON.
+
+  Sections within it likewise; a field without a default is always there.
+  """
+  chosen = {}
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    factory = field.default_factory
+    default = field.default if factory is dataclasses.MISSING else factory()
+    if value != default:
+      chosen[field.name] = (
+        chosen_fields(value) if dataclasses.is_dataclass(value) else _plain(value)
+      )
+  return chosen
+
+
 def _build(cls: type, values: dict[str, Any], path: str) -> Any:
   """Calls `cls` with the converted values; prefixes what its own checks raise with `path`."""
   hints = typing.get_type_hints(cls)

@@ -1,7 +1,8 @@
 """Lines of the tables that encoder-decoders share."""
 
+from moe_jax.convert.parts import matrix
 from moe_jax.convert.rules import Rule, rule
-from moe_jax.convert.transforms import FLAT, LINEAR, LINEAR_OUT, SAME
+from moe_jax.convert.transforms import LINEAR, SAME
 
 # Some files repeat the shared table under its other names.
 TIED_EMBEDDINGS = (r"(model\.)?(encoder|decoder)\.embed_tokens\.weight",)
@@ -25,22 +26,6 @@ def embeddings(prefix: str = "") -> tuple[Rule, ...]:
   )
 
 
-def attention(hub: str, ours: str, names: dict[str, str]) -> tuple[Rule, ...]:
-  """Returns the lines of an attention layer.
-
-  Args:
-    hub: what the keys begin with.
-    ours: its place in the block.
-    names: the hub's names of `query`, `key`, `value` and `out`, by ours.
-  """
-  lines = []
-  for own, theirs in names.items():
-    matrix, bias = (LINEAR_OUT, SAME) if own == "out" else (LINEAR, FLAT)
-    lines.append(rule(f"{hub}.{theirs}.weight", f"{ours}.{own}", matrix))
-    lines.append(rule(f"{hub}.{theirs}.bias", f"{ours}.{own}_bias", bias))
-  return tuple(lines)
-
-
 def networks(hub: str, names: dict[str, str]) -> tuple[Rule, ...]:
   """Returns the lines of a dense feed-forward, or of its router and experts.
 
@@ -54,15 +39,5 @@ def networks(hub: str, names: dict[str, str]) -> tuple[Rule, ...]:
   ]
   for keys, ours in ((hub, "weights"), (hub + ".experts.expert_{expert}", "experts.weights")):
     for own, theirs in names.items():
-      place = f"feed_forward.{ours}.{own}"
-      lines.append(rule(f"{keys}.{theirs}.weight", place, LINEAR))
-      lines.append(rule(f"{keys}.{theirs}.bias", f"{place}_bias", SAME))
+      lines += matrix(f"{keys}.{theirs}", f"feed_forward.{ours}.{own}")
   return tuple(lines)
-
-
-def norm(hub: str, ours: str) -> tuple[Rule, ...]:
-  """Returns the lines of a norm."""
-  return (
-    rule(f"{hub}.weight", f"{ours}.scale", SAME),
-    rule(f"{hub}.bias", f"{ours}.bias", SAME),
-  )

@@ -3,13 +3,14 @@
 import json
 import math
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from moe_jax.choices import is_utf8
 from moe_jax.convert.hub_config import CONFIG_FILE, HubConfig, read_hub_config, read_object
 from moe_jax.convert.sentencepiece_tokenizer import SENTENCEPIECE_FILE, SentencePieceTokenizer
+from moe_jax.data.tokenizer_files import load_tokenizer_json
 from moe_jax.errors import UserError
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -82,7 +83,7 @@ class _JsonTokenizer:
   """What `tokenizer.json` describes."""
 
   def __init__(self, path: Path):
-    self._tokenizer = _load(path)
+    self._tokenizer = load_tokenizer_json(path)
     self.num_pieces = self._tokenizer.get_vocab_size(with_added_tokens=False)
 
   def encode(self, text: str) -> list[int]:
@@ -101,21 +102,6 @@ def _read_tokenizer(folder: Path) -> _Tokenizer:
     f"{folder} has neither {TOKENIZER_FILE} nor {SENTENCEPIECE_FILE}; expected what transformers"
     " saves with AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
   )
-
-
-def _load(path: Path) -> Any:
-  try:
-    from tokenizers import Tokenizer
-  except ImportError:
-    raise UserError(
-      f"reading {path} needs the package tokenizers, which is not installed: pip install"
-      " 'moe_jax[hf]'"
-    ) from None
-  try:
-    return Tokenizer.from_file(str(path))
-  # The library raises plain Exception for every fault of the file.
-  except Exception as error:
-    raise UserError(f"{path} cannot be read ({error}); save or download it again") from None
 
 
 def _vocab_size(hub: HubConfig) -> int | float:

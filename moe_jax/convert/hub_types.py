@@ -11,6 +11,8 @@ from typing import Any
 from moe_jax.errors import UserError
 
 _LARGEST = 2**31 - 1
+# Of layers and experts, which are listed one by one.
+_MOST_LISTED = 10_000
 
 
 def _is_integer(value: Any, least: int = 0) -> bool:
@@ -19,6 +21,14 @@ def _is_integer(value: Any, least: int = 0) -> bool:
 
 def _is_size(value: Any) -> bool:
   return _is_integer(value, 1)
+
+
+def _is_count(value: Any) -> bool:
+  return _is_integer(value, 1) and value <= _MOST_LISTED
+
+
+def _is_short(value: Any) -> bool:
+  return _is_integer(value) and value <= _MOST_LISTED
 
 
 def _is_rank(value: Any) -> bool:
@@ -60,16 +70,14 @@ _KINDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     _is_size,
     f"an integer from 1 to {_LARGEST}",
     """
-    vocab_size hidden_size d_model num_hidden_layers n_layers num_attention_heads n_heads
-    num_key_value_heads kv_n_heads head_dim num_local_experts num_experts n_routed_experts
-    moe_num_experts num_experts_per_tok num_experts_per_token moe_top_k kv_lora_rank
-    qk_nope_head_dim qk_rope_head_dim v_head_dim decoder_sparse_step interleave_moe_layer_step
-    moe_layer_freq no_rope_layer_interval num_layers num_decoder_layers num_heads d_kv d_ff
-    encoder_layers decoder_layers encoder_attention_heads decoder_attention_heads encoder_ffn_dim
-    decoder_ffn_dim relative_attention_num_buckets relative_attention_max_distance
-    num_channels projector_input_dim projector_output_dim vision_output_dim
-    max_position_embeddings attn_layer_period expert_layer_period mamba_d_conv mamba_d_state
-    mamba_expand
+    vocab_size hidden_size d_model num_attention_heads n_heads num_key_value_heads kv_n_heads
+    head_dim num_experts_per_tok num_experts_per_token moe_top_k kv_lora_rank qk_nope_head_dim
+    qk_rope_head_dim v_head_dim decoder_sparse_step interleave_moe_layer_step moe_layer_freq
+    no_rope_layer_interval num_heads d_kv d_ff encoder_attention_heads decoder_attention_heads
+    encoder_ffn_dim decoder_ffn_dim relative_attention_num_buckets
+    relative_attention_max_distance num_channels projector_input_dim projector_output_dim
+    vision_output_dim max_position_embeddings attn_layer_period expert_layer_period mamba_d_conv
+    mamba_d_state mamba_expand
     """,
   ),
   (
@@ -83,9 +91,18 @@ _KINDS: tuple[tuple[Callable[[Any], bool], str, str], ...] = (
     shared_expert_intermediate_size ffn_hidden_size n_group topk_group q_lora_rank sliding_window
     attention_chunk_size encoder_sparse_step expert_capacity attn_layer_offset expert_layer_offset
     image_token_index image_token_id
-    decoder_start_token_id pad_token_id num_nextn_predict_layers
+    decoder_start_token_id pad_token_id
     """,
   ),
+  (
+    _is_count,
+    f"an integer from 1 to {_MOST_LISTED}",
+    """
+    num_hidden_layers n_layers num_layers num_decoder_layers encoder_layers decoder_layers
+    num_local_experts num_experts n_routed_experts moe_num_experts
+    """,
+  ),
+  (_is_short, f"an integer from 0 to {_MOST_LISTED}", "num_nextn_predict_layers num_mtp_layers"),
   (_is_rank, f'"auto" or an integer from 1 to {_LARGEST}', "mamba_dt_rank"),
   (
     _is_number,

@@ -12,29 +12,52 @@ from moe_jax.moe.options import BalanceFraction, BalanceScope, Weighting
 
 BLOCK = "model.layers.{layer}."
 
+# The hub's usual names of an attention layer's matrices.
+HEADS = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
+
+
+def norm(hub: str, ours: str) -> tuple[Rule, ...]:
+  """Returns the lines of a norm."""
+  return (
+    rule(f"{hub}.weight", f"{ours}.scale", SAME),
+    rule(f"{hub}.bias", f"{ours}.bias", SAME),
+  )
+
+
+def matrix(hub: str, ours: str) -> tuple[Rule, ...]:
+  """Returns the lines of a network's matrix and its bias."""
+  return rule(f"{hub}.weight", ours, LINEAR), rule(f"{hub}.bias", f"{ours}_bias", SAME)
+
+
+def attention(hub: str, ours: str, names: dict[str, str]) -> tuple[Rule, ...]:
+  """Returns the lines of an attention layer.
+
+  Args:
+    hub: what the keys begin with.
+    ours: its place in the block.
+    names: the hub's names of `query`, `key`, `value` and `out`, by ours.
+  """
+  lines = []
+  for own, theirs in names.items():
+    matrix, bias = (LINEAR_OUT, SAME) if own == "out" else (LINEAR, FLAT)
+    lines.append(rule(f"{hub}.{theirs}.weight", f"{ours}.{own}", matrix))
+    lines.append(rule(f"{hub}.{theirs}.bias", f"{ours}.{own}_bias", bias))
+  return tuple(lines)
+
+
 # Embedding, final norm and head, as in LLaMA's converted checkpoints.
 OUTER = (
   rule("model.embed_tokens.weight", "embedding", SAME),
-  rule("model.norm.weight", "final_norm.scale", SAME),
-  rule("model.norm.bias", "final_norm.bias", SAME),
+  *norm("model.norm", "final_norm"),
   rule("lm_head.weight", "head", LINEAR),
   rule("lm_head.bias", "head_bias", SAME),
 )
 NORMS = (
-  rule(BLOCK + "input_layernorm.weight", "mixer_norm.scale", SAME),
-  rule(BLOCK + "input_layernorm.bias", "mixer_norm.bias", SAME),
-  rule(BLOCK + "post_attention_layernorm.weight", "feed_forward_norm.scale", SAME),
-  rule(BLOCK + "post_attention_layernorm.bias", "feed_forward_norm.bias", SAME),
+  *norm(BLOCK + "input_layernorm", "mixer_norm"),
+  *norm(BLOCK + "post_attention_layernorm", "feed_forward_norm"),
 )
 ATTENTION = (
-  rule(BLOCK + "self_attn.q_proj.weight", "mixer.query", LINEAR),
-  rule(BLOCK + "self_attn.k_proj.weight", "mixer.key", LINEAR),
-  rule(BLOCK + "self_attn.v_proj.weight", "mixer.value", LINEAR),
-  rule(BLOCK + "self_attn.o_proj.weight", "mixer.out", LINEAR_OUT),
-  rule(BLOCK + "self_attn.q_proj.bias", "mixer.query_bias", FLAT),
-  rule(BLOCK + "self_attn.k_proj.bias", "mixer.key_bias", FLAT),
-  rule(BLOCK + "self_attn.v_proj.bias", "mixer.value_bias", FLAT),
-  rule(BLOCK + "self_attn.o_proj.bias", "mixer.out_bias", SAME),
+  *attention(BLOCK + "self_attn", "mixer", HEADS),
   rule(BLOCK + "self_attn.q_norm.weight", "mixer.query_norm.scale", SAME),
   rule(BLOCK + "self_attn.k_norm.weight", "mixer.key_norm.scale", SAME),
 )
@@ -169,9 +192,19 @@ def pooled_balance(hub: HubConfig, blocks: list[str], default: float) -> dict[st
 
 
 def write_balance_weight(config: ModelConfig) -> float:
-  """Returns the hub's coefficient; twelve digits undo the division."""
-  weight = config.moe.routing.balance_loss_weight * len(config.moe_layers())
-  return float(f"{weight:.12g}")
+  """Returns the hub's coefficient of the balance loss."""
+  return write_share(config.moe.routing.balance_loss_weight, config)
+
+
+def write_share(weight: float, config: ModelConfig) -> float:
+  """Returns the hub's coefficient of a loss that pools a stack's layers, see `pooled_balance`.
+
+  Of an encoder and a decoder, the one with more MoE layers counts; twelve digits undo the division.
+  """
+  encoder = config.encoder_stack()
+  stacks = [config] if encoder is None else [encoder, config]
+  most = max(sum(block[1] == "moe" for block in stack.layers()) for stack in stacks)
+  return float(f"{weight * most:.12g}")
 
 
 def renormalized(hub: HubConfig, default: bool) -> Weighting:

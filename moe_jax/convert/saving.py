@@ -1,10 +1,8 @@
 """Writing a model as a checkpoint of the hub, and any tree of its shape under the hub's names."""
 
-import contextlib
 import itertools
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from moe_jax.convert.tensor_files import INDEX_FILE
 from moe_jax.convert.tensor_writer import TensorSpec, write_tensors
 from moe_jax.errors import UserError
 from moe_jax.models import Model, ModelConfig
+from moe_jax.new_folder import check_free, draft_of
 
 _MOST_FAULTS = 4
 _FIVE_GB = 5_000_000_000
@@ -91,34 +90,10 @@ def save_pretrained(
   settings["torch_dtype"] = str(_embedding(leaves).dtype)
   if like is not None:
     settings = _over(_other_settings(Path(like), settings), settings)
-  with _draft(folder) as draft:
+  with draft_of(folder) as draft:
     _write(draft, links(family.rules, config), leaves, settings, max_file_bytes)
     if like is not None:
       _copy_companions(Path(like), draft)
-
-
-def check_free(folder: Path) -> None:
-  """Raises UserError unless a folder is absent or empty."""
-  if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-    raise UserError(f"{folder} exists and is not an empty folder; give another path")
-
-
-@contextlib.contextmanager
-def _draft(folder: Path) -> Iterator[Path]:
-  """Makes a folder beside `folder` that takes its place in the end, or is removed."""
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-  try:
-    yield draft
-    draft.chmod(0o755)
-    draft.rename(folder)
-  except OSError as error:
-    # A full disk names no file.
-    if error.filename is None:
-      error.filename = str(folder)
-    raise
-  finally:
-    shutil.rmtree(draft, ignore_errors=True)
 
 
 def _write(folder: Path, wanted: list[Link], leaves, settings, max_file_bytes: int) -> None:

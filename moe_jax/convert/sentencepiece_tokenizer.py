@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.convert.hub_config import CONFIG_FILE, read_hub_config, read_object
+from moe_jax.data.tokenizer_files import load_sentencepiece
 from moe_jax.errors import UserError
 
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -67,10 +68,10 @@ class SentencePieceTokenizer:
     path = folder / SENTENCEPIECE_FILE
     data = path.read_bytes()
     settings = read_object(folder / _SETTINGS_FILE)
-    self._first = self._later = _load(data, path)
+    self._first = self._later = load_sentencepiece(data, path)
     # Older releases begin every stretch of text between added tokens with a space.
     if not settings.get("legacy", False):
-      self._later = _load(data + _NO_PREFIX, path)
+      self._later = load_sentencepiece(data + _NO_PREFIX, path)
     self.num_pieces = self._first.get_piece_size()
     self._added = _control_pieces(self._first) | _added_tokens(folder, settings)
     self._texts = {each.id: each.text for each in self._added.values() if not each.special}
@@ -138,26 +139,6 @@ class SentencePieceTokenizer:
 
 def _misfit(path: Path, name: str, given: Any, expected: str) -> UserError:
   return UserError(f"{path} has {name} = {json.dumps(given)}; expected {expected}")
-
-
-def _load(data: bytes, path: Path) -> Any:
-  try:
-    from sentencepiece import SentencePieceProcessor
-  except ImportError:
-    raise UserError(
-      f"reading {path} needs the package sentencepiece, which is not installed: pip install"
-      " 'moe_jax[hf]'"
-    ) from None
-  processor = SentencePieceProcessor()
-  try:
-    processor.LoadFromSerializedProto(data)
-  # What the library says of a fault is a line of its own source.
-  except RuntimeError:
-    raise UserError(
-      f"{path} is damaged or no SentencePiece model (tiktoken's files can have this name too);"
-      " download it again, or expected a tokenizer.json"
-    ) from None
-  return processor
 
 
 def _control_pieces(processor: Any) -> dict[str, _Added]:

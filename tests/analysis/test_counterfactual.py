@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fast_compilation import compile_fast  # noqa: F401
 from flax import nnx
 from tiny_models import random_parameters, random_tokens, tiny_config
 

@@ -214,7 +214,7 @@ def test_bad_command_line_names_the_fault_and_the_nearest_choice(words, fragment
     (["train"], ["moe-jax train needs --config=FILE[:VARIANT]"]),
     (["train", "--config=configs/quickstart.py"], ["moe-jax train needs --workdir=DIR"]),
     (["trian"], ["'trian' is not a command; did you mean train?"]),
-    (["zzz"], ["expected one of train, eval, trace, generate, convert, report"]),
+    (["zzz"], ["expected one of train, eval, trace, generate, convert, checkpoint"]),
     (["--config=configs/quickstart.py"], ["is not a command"]),
     (["eval", "--workdir=a", "--config.steps=1"], ["--config.steps is no flag of moe-jax eval"]),
     (["eval", "--workdir=a", "--step=1.5"], ["--step=1.5", "not an int"]),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from convert.conftest import SETTINGS, config_of
+from fast_compilation import compile_fast  # noqa: F401
 from flax import nnx
 from safetensors.numpy import load_file
 

@@ -3,11 +3,11 @@
 import dataclasses
 from typing import Any
 
-from moe_jax.convert.encoder_parts import attention, norm
 from moe_jax.convert.families.llama4 import LLAMA4
 from moe_jax.convert.family import Family
 from moe_jax.convert.hub_config import CONFIG_FILE, HubConfig
-from moe_jax.convert.rules import Rule, rule
+from moe_jax.convert.parts import HEADS, attention, matrix, norm
+from moe_jax.convert.rules import rule
 from moe_jax.convert.transforms import LINEAR, SAME
 from moe_jax.errors import UserError
 from moe_jax.models import ModelConfig, VisionConfig
@@ -130,13 +130,6 @@ def _write_vision(c: VisionConfig) -> dict[str, Any]:
 
 _TOWER = "vision_model."
 _BLOCK = _TOWER + "model.layers.{vision_layer}."
-_HEADS = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
-
-
-def _dense(hub: str, ours: str) -> tuple[Rule, ...]:
-  """Returns the lines of a matrix and its bias."""
-  return rule(f"{hub}.weight", ours, LINEAR), rule(f"{hub}.bias", f"{ours}_bias", SAME)
-
 
 _VISION = (
   rule(_TOWER + "patch_embedding.linear.weight", "vision.patch_embedding", LINEAR),
@@ -144,10 +137,10 @@ _VISION = (
   rule(_TOWER + "positional_embedding_vlm", "vision.position_embedding", SAME),
   *norm(_TOWER + "layernorm_pre", "vision.first_norm"),
   *norm(_BLOCK + "input_layernorm", "mixer_norm"),
-  *attention(_BLOCK + "self_attn", "mixer", _HEADS),
+  *attention(_BLOCK + "self_attn", "mixer", HEADS),
   *norm(_BLOCK + "post_attention_layernorm", "feed_forward_norm"),
-  *_dense(_BLOCK + "mlp.fc1", "feed_forward.weights.up"),
-  *_dense(_BLOCK + "mlp.fc2", "feed_forward.weights.down"),
+  *matrix(_BLOCK + "mlp.fc1", "feed_forward.weights.up"),
+  *matrix(_BLOCK + "mlp.fc2", "feed_forward.weights.down"),
   *norm(_TOWER + "layernorm_post", "vision.final_norm"),
   rule(_TOWER + "vision_adapter.mlp.fc1.weight", "vision.adapter_in", LINEAR),
   rule(_TOWER + "vision_adapter.mlp.fc2.weight", "vision.adapter_out", LINEAR),

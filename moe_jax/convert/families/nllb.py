@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from moe_jax.convert.encoder_parts import TIED_EMBEDDINGS, attention, embeddings, networks, norm
+from moe_jax.convert.encoder_parts import TIED_EMBEDDINGS, embeddings, networks
 from moe_jax.convert.family import Family, as_segments
 from moe_jax.convert.hub_config import HubConfig, write_activation
-from moe_jax.convert.parts import pooled_balance
+from moe_jax.convert.parts import HEADS, attention, norm, pooled_balance, write_balance_weight
 from moe_jax.convert.rules import Rule
 from moe_jax.errors import UserError
 from moe_jax.layers.attention_config import AttentionConfig, Positions
@@ -106,7 +106,6 @@ def _routing(hub: HubConfig, blocks: list[str]) -> RoutingConfig:
 def _write(config: ModelConfig) -> dict[str, Any]:
   routing = config.moe.routing
   stacks = {"encoder": config.encoder_stack(), "decoder": config}
-  most = max(sum(block[1] == "moe" for block in stack.layers()) for stack in stacks.values())
   settings = {}
   for name, stack in stacks.items():
     settings |= {
@@ -125,7 +124,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     "router_bias": routing.projection == Projection.AFFINE,
     "router_dtype": "float32",
     "second_expert_policy": "all",
-    "router_aux_loss_coef": float(f"{routing.balance_loss_weight * most:.12g}"),
+    "router_aux_loss_coef": write_balance_weight(config),
     "normalize_router_prob_before_dropping": routing.weighting == Weighting.RENORMALIZED,
     "batch_prioritized_routing": routing.priority == Priority.MAX_SCORE,
     "moe_token_dropout": float(f"{1.0 - routing.weight_scale:.12g}"),
@@ -159,7 +158,7 @@ def _step(sparse: list[bool]) -> int:
   return step
 
 
-_ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
+_ATTENTION = HEADS | {"out": "out_proj"}
 _NETWORK = {"up": "fc1", "down": "fc2"}
 
 

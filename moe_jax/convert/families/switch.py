@@ -3,9 +3,10 @@
 import dataclasses
 from typing import Any
 
-from moe_jax.convert.encoder_parts import TIED_EMBEDDINGS, attention, embeddings, networks, norm
+from moe_jax.convert.encoder_parts import TIED_EMBEDDINGS, embeddings, networks
 from moe_jax.convert.family import Family, as_segments
 from moe_jax.convert.hub_config import HubConfig, write_activation
+from moe_jax.convert.parts import attention, norm, write_share
 from moe_jax.convert.rules import Rule, rule
 from moe_jax.convert.transforms import SAME
 from moe_jax.errors import UserError
@@ -102,10 +103,7 @@ def _write(config: ModelConfig) -> dict[str, Any]:
   own, routing = config.attention, config.moe.routing
   stacks = {"encoder": config.encoder_stack(), "decoder": config}
   sparse = {name: [b[1] == "moe" for b in stack.layers()] for name, stack in stacks.items()}
-  most = max(sum(each) for each in sparse.values())
-  losses = {
-    theirs: float(f"{getattr(routing, name) * most:.12g}") for name, theirs in _LOSSES.items()
-  }
+  losses = {theirs: write_share(getattr(routing, name), config) for name, theirs in _LOSSES.items()}
   return {
     "vocab_size": config.vocab_size,
     "d_model": config.model_dim,

@@ -1,0 +1,46 @@
+"""Pages that stand alone: one HTML file with its style in it, and nothing fetched."""
+
+import os
+import tempfile
+from importlib import resources
+from pathlib import Path
+
+from moe_jax.analysis.text import escape
+
+
+def page(title: str, body: str) -> str:
+  """Returns a page with the style of all reports; `body` is HTML."""
+  style = resources.files("moe_jax.analysis").joinpath("report.css").read_text("utf-8")
+  # The policy makes browsers refuse anything that is not in the file itself.
+  return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{escape(title)} · moe_jax report</title>
+<style>
+{style}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""
+
+
+def write_whole(path: Path, text: str) -> None:
+  """Replaces `path` in one move, so that a reader never sees half a page."""
+  handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+  try:
+    with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+      file.write(text)
+    os.chmod(temporary, 0o644)  # mkstemp's files are readable by their owner only
+    os.replace(temporary, path)
+  except BaseException:
+    os.unlink(temporary)
+    raise

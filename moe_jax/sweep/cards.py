@@ -1,0 +1,72 @@
+"""Cards: what one run of a sweep came to, and out of what, as one JSON file."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moe_jax.choices import did_you_mean
+from moe_jax.config import chosen_fields
+from moe_jax.errors import UserError
+from moe_jax.training.config import experiment_from
+from moe_jax.training.run_folder import identity, write_json
+
+Card = Mapping[str, Any]
+FORMAT = 1
+
+
+def card_file(folder: Path, arm: str, seed: int) -> Path:
+  """Returns where the card of a run lies."""
+  return folder / f"{arm}_{seed}.json"
+
+
+def config_digest(mapping: Mapping[str, Any]) -> str:
+  """Returns 16 hex digits of what decides the contents of a run.
+
+  Fields at their defaults are left out: one that is new, and changes nothing, leaves cards valid.
+  """
+  chosen = identity(chosen_fields(experiment_from(dict(mapping))))
+  return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def write_card(path: Path, card: Card) -> None:
+  """Writes a card whole or not at all."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  write_json(path, {"format": FORMAT, **card})
+
+
+def read_card(path: Path) -> Card:
+  """Returns a card.
+
+  Raises:
+    UserError: the file is damaged or of another format.
+  """
+  try:
+    card = json.loads(path.read_bytes())
+    if card["format"] != FORMAT:
+      raise ValueError(f"format {card['format']}, expected {FORMAT}")
+    return {name: card[name] for name in card if name != "format"}
+  except (ValueError, KeyError, TypeError) as error:
+    raise UserError(
+      f"{path} is no card of a run ({type(error).__name__}: {error}); delete it to run it anew"
+    ) from error
+
+
+def metric(card: Card, name: str) -> float:
+  """Returns a number of a card by its dotted path.
+
+  Raises:
+    UserError: the card has no such number; names the nearest of that place.
+  """
+  place: Any = card
+  for part in name.split("."):
+    if not isinstance(place, Mapping) or part not in place:
+      known = place if isinstance(place, Mapping) else ()
+      raise UserError(
+        f"the card of {card.get('arm')} has no metric {name!r}; {did_you_mean(part, known)}"
+      )
+    place = place[part]
+  if isinstance(place, bool) or not isinstance(place, int | float):
+    raise UserError(f"{name!r} of the card of {card.get('arm')} is {place!r}, and no number")
+  return float(place)
