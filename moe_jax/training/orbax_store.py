@@ -6,6 +6,7 @@ The item `state` is a tree of arrays, the item `data` JSON.
 import asyncio
 import functools
 import logging
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Collection, Mapping
@@ -161,7 +162,8 @@ def _silence_abandoned_work() -> None:
   """Keeps what a failed restore or save leaves under way from burying its one sentence.
 
   Reads and writes that end after orbax has closed its event loop report that it is closed, each on
-  its own; those that never end report that their coroutine was thrown away.
+  its own; those that never end report that their coroutine was thrown away; and of several that
+  fail, orbax raises the first, asyncio reports the others.
   """
   show = sys.unraisablehook
 
@@ -176,4 +178,8 @@ def _silence_abandoned_work() -> None:
   # Orbax logs with its traceback what waiting raises again.
   logging.getLogger("absl").addFilter(
     lambda record: not (record.exc_info and "orbax" in record.pathname)
+  )
+  # OCDBT is the format that orbax keeps arrays in: what else a program awaits is not silenced.
+  logging.getLogger("asyncio").addFilter(
+    lambda record: not re.search("exception was never retrieved.*OCDBT", record.getMessage(), re.S)
   )

@@ -1,5 +1,6 @@
 """A run folder that lost or changed a file is refused in one sentence, and left as it is."""
 
+import asyncio
 import dataclasses
 import json
 import shutil
@@ -166,3 +167,15 @@ def test_only_abandoned_work_is_silenced(monkeypatch):
   for error in (RuntimeError("Event loop is closed"), thrown_away, other, None):
     sys.unraisablehook(types.SimpleNamespace(exc_value=error))
   assert shown == [other, None]
+
+
+def test_only_what_orbax_awaits_is_silenced(caplog):
+  orbax_store._silence_abandoned_work()
+
+  async def fail_alone(reason):
+    asyncio.get_running_loop().create_future().set_exception(ValueError(reason))
+
+  for reason in ('Error writing "x" in OCDBT database', "mine"):
+    asyncio.run(fail_alone(reason))
+  (said,) = caplog.records
+  assert "mine" in said.getMessage()
