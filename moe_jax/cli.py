@@ -135,6 +135,7 @@ COMMANDS = {
       Flag("top_k", FlagKind.INTEGER, "sample from so many likeliest tokens", None),
       Flag("top_p", FlagKind.NUMBER, "sample from the likeliest tokens of this mass", None),
       Flag("seed", FlagKind.SEED, "seed of the sampling", 0),
+      Flag("image", FlagKind.FILE, "file of an image to show first, with --workdir", None),
     ),
   ),
   "convert": Command(

@@ -11,6 +11,7 @@ from flax import nnx
 
 from moe_jax.models import ModelConfig
 from moe_jax.models.decoder import Decoder
+from moe_jax.models.run_batch import run_batch
 
 # Sums over tokens; the others are maxima.
 _SUMS = ("tokens", "targets", "kl", "nll_before", "nll_after")
@@ -50,15 +51,14 @@ def preservation(
 
   Args:
     before, after: the models; they share a vocabulary. Evaluated with room for every token.
-    batches: packed records, `tokens`, `targets`, `segment_ids`, `positions`, `loss_mask`, each
-      (B, L) int32.
+    batches: of records, see `moe_jax.data`.
   """
   first, second = _graph(before[0]), _graph(after[0])
 
   @jax.jit
   def compare(states, batch):
     logits = [
-      _logits(nnx.merge(graph, state), batch)
+      run_batch(nnx.merge(graph, state), batch)[0]
       for graph, state in zip((first, second), states, strict=True)
     ]
     return _compare(*logits, batch)
@@ -79,16 +79,6 @@ def preservation(
 def _graph(config: ModelConfig) -> nnx.GraphDef:
   config = config.dropless()
   return nnx.split(nnx.eval_shape(lambda: Decoder(config, key=jax.random.key(0))))[0]
-
-
-def _logits(model: Decoder, batch) -> jax.Array:
-  segments = batch["segment_ids"]
-  return model(
-    batch["tokens"],
-    token_mask=segments > 0,
-    segment_ids=segments,
-    positions=batch["positions"],
-  )
 
 
 def _compare(before: jax.Array, after: jax.Array, batch) -> dict[str, jax.Array]:

@@ -13,10 +13,10 @@ from moe_jax.analysis.routing_trace import RoutingTrace, check_place, record_rou
 from moe_jax.data.builders import prepare
 from moe_jax.data.loader import eval_batches
 from moe_jax.errors import UserError
+from moe_jax.models.run_batch import run_batch
 from moe_jax.training.evaluate import EvalResult, Evaluator
 from moe_jax.training.saved_run import load_run
 from moe_jax.training.state import model_graph
-from moe_jax.training.step import run_batch
 
 
 def evaluate(args: SimpleNamespace) -> None:
@@ -55,6 +55,8 @@ def trace(args: SimpleNamespace) -> None:
     raise UserError(f"{workdir} holds a model without experts: there is nothing to record")
   if config.model.encoder is not None:
     raise UserError(f"{workdir} holds an encoder-decoder; traces are of decoders alone")
+  if config.data.image is not None:
+    raise UserError(f"{workdir} reads images, which no trace holds; traces are of text alone")
   graph = model_graph(config.model.dropless())
 
   @jax.jit
@@ -73,7 +75,8 @@ def trace(args: SimpleNamespace) -> None:
 
 
 def _show(name: str, result: EvalResult) -> None:
+  right = "" if result.accuracy is None else f", {100 * result.accuracy:.2f} % of images right"
   print(
     f"  {name}: {result.loss:.4f} nats per token, {result.bits_per_byte:.4f} bits per"
-    f" byte, {100 * result.dropped_fraction:.2f} % of assignments dropped"
+    f" byte, {100 * result.dropped_fraction:.2f} % of assignments dropped{right}"
   )

@@ -17,6 +17,7 @@ from moe_jax.data.builders import PreparedData
 from moe_jax.data.loader import eval_batches
 from moe_jax.inference.text import continue_text
 from moe_jax.models import Model
+from moe_jax.models.run_batch import run_batch
 from moe_jax.moe.groups import to_groups
 from moe_jax.planning.count import count_parameters
 from moe_jax.planning.flops import training_flops_per_token
@@ -24,7 +25,6 @@ from moe_jax.provenance import source_commit
 from moe_jax.training.config import ExperimentConfig
 from moe_jax.training.run_folder import METRICS_FILE
 from moe_jax.training.state import Stream, model_graph, stream_key
-from moe_jax.training.step import run_batch
 
 _TOP_TOKENS = 8
 
@@ -55,6 +55,7 @@ def summarize(
       "bits_per_byte": last["eval_bits_per_byte"],
       "loss_at_capacity": last.get("eval_loss_at_capacity"),
       "dropped_fraction_at_capacity": last.get("eval_dropped_fraction_at_capacity"),
+      "accuracy": last.get("eval_accuracy"),
     },
     "compressors": {
       "xz": xz_bits_per_byte(data.heldout_text),
@@ -68,9 +69,17 @@ def summarize(
 
 
 def sample(config: ExperimentConfig, data: PreparedData, model: Model) -> dict[str, Any]:
-  """Returns the prompt, its continuation and the temperature; a function of the run's seed."""
+  """Returns the prompt, its continuation and the temperature; a function of the run's seed.
+
+  A model that reads images is shown the first that is held out.
+  """
   c = config.sample
   key = stream_key(config.seed, Stream.SAMPLE)
+  image, shown = None, c.prompt
+  if config.data.image is not None:
+    record = data.heldout[0]
+    image, text = record["pixel_values"], record["targets"][record["loss_mask"] > 0]
+    shown = f"[held-out image of {data.tokenizer.decode(text)}] {c.prompt}"
   text = continue_text(
     model,
     data.tokenizer,
@@ -79,8 +88,9 @@ def sample(config: ExperimentConfig, data: PreparedData, model: Model) -> dict[s
     temperature=c.temperature,
     key=key,
     question=config.question,
+    image=image,
   )
-  return {"prompt": c.prompt, "text": text, "temperature": c.temperature}
+  return {"prompt": shown, "text": text, "temperature": c.temperature}
 
 
 def expert_tokens(

@@ -20,6 +20,7 @@ from moe_jax.data.builders import PreparedData, prepare
 from moe_jax.data.loader import eval_batches
 from moe_jax.data.loader_state import save_state
 from moe_jax.errors import UserError
+from moe_jax.models.run_batch import run_batch
 from moe_jax.moe.router import RouterState
 from moe_jax.training.config import ExperimentConfig, experiment_from
 from moe_jax.training.new_run import config_fields
@@ -27,7 +28,6 @@ from moe_jax.training.optimizer import make_optimizer
 from moe_jax.training.run_folder import METRICS_FILE
 from moe_jax.training.saved_run import load_state
 from moe_jax.training.state import TrainState, model_graph
-from moe_jax.training.step import run_batch
 from moe_jax.training.stream import stream_of, training_batches
 from moe_jax.training.template import full_config
 from moe_jax.training.transplant import host_leaves

@@ -135,8 +135,11 @@ def _results(summary: dict[str, Any], workdir: Path, report: Path) -> str:
 def _lines(summary: dict[str, Any]) -> list[str]:
   held_out, compressors = summary["eval"], summary["compressors"]
   sample, parameters = summary["sample"], summary["parameters"]
+  accuracy = held_out.get("accuracy")
+  right = [] if accuracy is None else [f"held-out images right    {100 * accuracy:.2f} %"]
   return [
     "",
+    *right,
     f"held-out bits per byte   {held_out['bits_per_byte']:.3f}   ({held_out['loss']:.4f} nats per"
     " token, dropless)",
     f"  xz -9, alone           {compressors['xz']:.3f}",

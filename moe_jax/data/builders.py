@@ -201,6 +201,7 @@ def _find(
   asked = dataclasses.asdict(dataclasses.replace(part, weight=1.0)) | {
     "tokenizer": tokenizer.digest,
     "sequence_length": config.sequence_length,
+    "image": None if config.image is None else dataclasses.asdict(config.image),
     "heldout": [HELDOUT_EVERY, HELDOUT_BYTES],
     "format": FORMAT_VERSION,
   }
@@ -249,7 +250,7 @@ def _make(
       if not (folder / MANIFEST_FILE).exists():
         progress = PreparationProgress(source.config.name, source.size, lines=show)
         with contextlib.closing(progress):
-          ingest = Ingest(folder, source, tokenizer, config.sequence_length)
+          ingest = Ingest(folder, source, tokenizer, config.sequence_length, config.image)
           write_manifest(folder, ingest.run(progress.update))
   except OSError as error:
     raise UserError(

@@ -3,6 +3,7 @@
 import dataclasses
 
 from moe_jax.data.corpus import get_corpus
+from moe_jax.data.images import ImageConfig
 from moe_jax.data.sources import SourceConfig, parse_source
 from moe_jax.data.tokenizers import get_tokenizer
 from moe_jax.errors import UserError
@@ -20,18 +21,21 @@ class DataConfig:
       by their weights.
     tokenizer: `bytes`, or the path of a SentencePiece `.model` or of a `tokenizer.json`.
     sequence_length: L, the tokens in a record.
+    image: what becomes of the images beside the texts; none where sources have none.
     data_dir: local folder for prepared data; empty for the TFDS one (the environment variable
       TFDS_DATA_DIR, otherwise ~/tensorflow_datasets).
 
   Raises:
     UserError: an unknown name or option, a corpus beside sources, the same source twice, a
-      sequence_length that is no integer from 2 up, or a data_dir that is no local folder.
+      sequence_length that is no integer from 2 up or has no room for text beside an image, sources
+      of images without `image` or the other way round, or a data_dir that is no local folder.
   """
 
   corpus: str = _CORPUS
   sources: tuple[str, ...] = ()
   tokenizer: str = "bytes"
   sequence_length: int = 128
+  image: ImageConfig | None = None
   data_dir: str = ""
 
   def __post_init__(self) -> None:
@@ -42,6 +46,7 @@ class DataConfig:
       raise UserError(f"sequence_length is {length!r}, but must be an integer of at least 2.")
     check_local(self.data_dir)
     self._check_sources()
+    self._check_images()
 
   @property
   def parts(self) -> tuple[SourceConfig, ...]:
@@ -60,6 +65,21 @@ class DataConfig:
         raise UserError(
           f"sources has {self.sources[index]!r} twice; name it once, with a higher weight."
         )
+
+  def _check_images(self) -> None:
+    for part in self.parts:
+      if bool(part.image) != (self.image is not None):
+        told = (
+          "names a field of images, and data.image is none: say there what becomes of them"
+          if part.image
+          else "names no field of images, and data.image is given: add the option image=FIELD"
+        )
+        raise UserError(f"source {part.name!r} {told}.")
+    if self.image is not None and self.sequence_length < self.image.tokens + 2:
+      raise UserError(
+        f"sequence_length is {self.sequence_length}, but an image takes {self.image.tokens} places"
+        f" and bos another one; give at least {self.image.tokens + 2}."
+      )
 
 
 def check_local(folder: str) -> None:

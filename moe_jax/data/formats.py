@@ -22,6 +22,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
+
 from moe_jax.choices import did_you_mean
 from moe_jax.data.sources import DocumentUnit, SourceConfig
 from moe_jax.errors import UserError
@@ -39,12 +41,14 @@ class Stretch(NamedTuple):
     text: what the file holds, in UTF-8 if the file is right.
     first, last: whether the document begins or ends here.
     offset: bytes of the file read so far.
+    image: (rows, columns, channels) uint8 beside the text, of sources that have images.
   """
 
   text: bytes
   first: bool
   last: bool
   offset: int
+  image: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import Any
 from moe_jax.config.schema import dataclass_from, to_mapping
 from moe_jax.data.documents import Source
 from moe_jax.data.formats import Stretch
+from moe_jax.data.images import ImageConfig, ImagePacker, fit_image
 from moe_jax.data.manifest import Manifest, Met, SplitFacts, StoredFile
 from moe_jax.data.packing import Packer, Piece, SpecialIds, token_dtype
 from moe_jax.data.shards import ShardWriter
@@ -58,12 +59,18 @@ class Place:
 class Ingest:
   """Writes the shards of one source into one folder, which no other process writes to."""
 
-  def __init__(self, folder: Path, source: Source, tokenizer: Tokenizer, sequence_length: int):
+  def __init__(
+    self,
+    folder: Path,
+    source: Source,
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    image: ImageConfig | None = None,
+  ):
     self._folder, self._source, self._tokenizer = folder, source, tokenizer
-    self._length = sequence_length
+    self._length, self._image = sequence_length, image
     self._dtype = token_dtype(tokenizer.vocab_size)
-    special = SpecialIds(tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
-    self._packers = {split: Packer(sequence_length, special, self._dtype) for split in Split}
+    self._packers = {split: self._make_packer() for split in Split}
     self._text_bytes = dict.fromkeys(Split, 0)
     self._place, self._met = Place(), Met(ignored_files=source.ignored)
     self._shards: list[StoredFile] = []
@@ -118,8 +125,11 @@ class Ingest:
         place.open_split = "" if stretch.last else split
         place.index += stretch.last
         self._text_bytes[split] += len(stretch.text)
-        batch.append((stretch, split))
         size += len(stretch.text)
+        if self._image is not None:
+          stretch = stretch._replace(image=fit_image(stretch.image, self._image))
+          size += stretch.image.nbytes
+        batch.append((stretch, split))
         if size >= _BATCH_BYTES or len(batch) >= _BATCH_STRETCHES:
           yield batch, offset + stretch.offset
           batch, size = [], 0
@@ -157,12 +167,12 @@ class Ingest:
     tokens = self._tokenizer.encode_batch([stretch.text for stretch, _ in batch])
     pieces: dict[Split, list[Piece]] = {split: [] for split in Split}
     for (stretch, split), ids in zip(batch, tokens, strict=True):
-      pieces[split].append(Piece(ids, stretch.first, stretch.last))
+      pieces[split].append(Piece(ids, stretch.first, stretch.last, stretch.image))
       self._keep_text(split, stretch)
       self._place.open_tokens = len(ids) + (0 if stretch.first else self._place.open_tokens)
       if stretch.last:
         self._met.documents += 1
-        self._met.longer_than_context += self._place.open_tokens > self._length
+        self._met.longer_than_context += self._place.open_tokens > self._packers[split].room
     for split, some in pieces.items():
       if some:
         self._write(split, self._packers[split].add(some))
@@ -179,7 +189,7 @@ class Ingest:
       return
     if split not in self._writers:
       path = self._folder / f"{split}-{self._place.segment:05d}.array_record"
-      self._writers[split] = ShardWriter(path, (self._length + 1) * self._dtype.itemsize)
+      self._writers[split] = ShardWriter(path, self._packers[split].record_bytes)
     self._writers[split].write(records)
 
   def _end_segment(self) -> None:
@@ -265,8 +275,16 @@ class Ingest:
       shards=tuple(self._shards),
       texts=tuple(StoredFile.of(self._text_path(split), split, 0) for split in Split),
       met=self._met,
+      image=self._image,
       **facts,
     )
+
+  def _make_packer(self) -> Packer | ImagePacker:
+    ids = self._tokenizer
+    special = SpecialIds(ids.pad_id, ids.bos_id, ids.eos_id)
+    if self._image is None:
+      return Packer(self._length, special, self._dtype)
+    return ImagePacker(self._length, special, self._dtype, self._image)
 
   def _text_path(self, split: Split) -> Path:
     return self._folder / f"{split}.txt"

@@ -21,6 +21,9 @@ from moe_jax.errors import UserError
 # Makes another record of one, with random numbers.
 Transform = Callable[[Record, np.random.Generator], Record]
 
+# The fields that tell what of a record is real.
+_REAL = frozenset({"segment_ids", "source_segment_ids", "loss_mask"})
+
 # A few batches ahead on two threads hide the reading; grain's default (500 batches, 16 threads)
 # would fill the memory and starve the training step on a small machine.
 _READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
@@ -131,8 +134,9 @@ def eval_batches(
 ) -> Iterator[Record]:
   """Yields every record exactly once, in order, in batches of one shape.
 
-  The last batch is filled up with records of zeros (segment_ids 0, loss_mask 0), so an evaluation
-  that weighs by `loss_mask` needs no special case.
+  The last batch is filled up with records that are padding throughout (segment_ids 0, loss_mask 0),
+  so an evaluation that weighs by `loss_mask` needs no special case. What else they hold is that of
+  the first record: a model that reads images finds one in every row.
 
   Args:
     source: the records.
@@ -162,11 +166,11 @@ def eval_batches(
 
 
 def _rows(read: Callable[[Sequence[int]], Record], length: int, first: int, count: int) -> Record:
-  """Returns records first .. first + count - 1, zeros for those past the end."""
+  """Returns records first .. first + count - 1, padding for those past the end."""
   real = min(max(length - first, 0), count)
   rows = read([first + row if row < real else 0 for row in range(count)])
-  for values in rows.values():
-    values[real:] = 0
+  for name in _REAL.intersection(rows):
+    rows[name][real:] = 0
   return rows
 
 

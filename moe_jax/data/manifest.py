@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.config.schema import dataclass_from, to_mapping
+from moe_jax.data.images import ImageConfig
 from moe_jax.data.packing import PackingCounts
 from moe_jax.data.splits import Split
 from moe_jax.errors import UserError
@@ -54,7 +55,7 @@ class Met:
       several stretches (of 4 MiB each) counts once a stretch.
     nul_bytes: kept.
     longer_than_context: documents of more than L tokens; they go on in the next record, without
-      the context of the one before.
+      the context of the one before. With images: texts cut at the end of their record.
     ignored_files: whose suffix names no format, or that are hidden.
   """
 
@@ -89,6 +90,7 @@ class Manifest:
     texts: the beginning of the text of each split.
     train, heldout: what the splits hold.
     met: what was met in the source.
+    image: of records with images.
   """
 
   source: str
@@ -102,12 +104,15 @@ class Manifest:
   train: SplitFacts
   heldout: SplitFacts
   met: Met
+  image: ImageConfig | None = None
 
   @property
   def fingerprint(self) -> str:
     """64 hex digits that change whenever the records do, and only then."""
     records = [(file.split, file.records, file.sha256) for file in self.shards]
     facts = [records, self.tokenizer_digest, self.sequence_length, self.pad_id]
+    if self.image is not None:
+      facts.append(to_mapping(self.image))
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
   def facts(self, split: Split) -> SplitFacts:

@@ -49,11 +49,13 @@ class Piece(NamedTuple):
   Attributes:
     tokens: (any length,) integers, without bos and eos.
     first, last: whether the document begins or ends here.
+    image: (channels, rows, columns) uint8 beside the text, for `moe_jax.data.images` alone.
   """
 
   tokens: np.ndarray
   first: bool = True
   last: bool = True
+  image: np.ndarray | None = None
 
 
 @dataclasses.dataclass
@@ -85,6 +87,8 @@ class Packer:
 
   Attributes:
     counts: totals over all records made so far.
+    room: tokens of text in a record.
+    record_bytes: of a record on disk in which no document begins.
   """
 
   def __init__(
@@ -92,6 +96,7 @@ class Packer:
   ) -> None:
     self._length, self._special, self._dtype = sequence_length, special, np.dtype(dtype)
     self.counts = PackingCounts()
+    self.room, self.record_bytes = sequence_length, (sequence_length + 1) * self._dtype.itemsize
     # The stream from the first input of the next record on, and where documents begin in it.
     self._tokens = np.zeros(0, self._dtype)
     self._starts = np.zeros(0, np.int64)
@@ -106,7 +111,7 @@ class Packer:
     """Returns the records that these pieces fill, as they lie on disk."""
     parts, starts, end = [self._tokens], [], len(self._tokens)
     bos, eos = (np.array([i], self._dtype) for i in (self._special.bos, self._special.eos))
-    for tokens, first, last in pieces:
+    for tokens, first, last, _ in pieces:
       if first:
         starts.append(end)
         parts.append(bos)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.data.images import unpack_images
 from moe_jax.data.manifest import Manifest, StoredFile, damaged
 from moe_jax.data.packing import Record, unpack
 from moe_jax.data.splits import Split
@@ -62,13 +63,17 @@ class ShardWriter:
 
 
 class Records(Sequence[Record]):
-  """The records of one split, each a dict of (L,) int32 arrays."""
+  """The records of one split, each a dict of (L,) int32 arrays, and of an image if it has one."""
 
   def __init__(self, folder: Path, manifest: Manifest, split: Split):
     self._folder, self._files = folder, manifest.files(split)
     self._ends = list(itertools.accumulate(file.records for file in self._files))
-    self._length, self._pad = manifest.sequence_length, manifest.pad_id
-    self._dtype = np.dtype(manifest.token_type)
+    layout = dict(
+      length=manifest.sequence_length, pad=manifest.pad_id, dtype=np.dtype(manifest.token_type)
+    )
+    self._unpack = functools.partial(unpack, **layout)
+    if manifest.image is not None:
+      self._unpack = functools.partial(unpack_images, config=manifest.image, **layout)
 
   def __len__(self) -> int:
     return self._ends[-1] if self._ends else 0
@@ -78,7 +83,7 @@ class Records(Sequence[Record]):
     return {name: values[0] for name, values in rows.items()}
 
   def gather(self, places: Sequence[int]) -> Record:
-    """Returns the records at these places as rows, each field (len(places), L) int32.
+    """Returns the records at these places as rows, (len(places), L) of each field.
 
     Threads may call this at the same time.
 
@@ -87,7 +92,7 @@ class Records(Sequence[Record]):
     """
     payloads = [self._payload(place) for place in places]
     try:
-      return unpack(payloads, self._length, self._pad, self._dtype)
+      return self._unpack(payloads)
     except (IndexError, ValueError) as error:
       if len(places) > 1:
         for place in places:

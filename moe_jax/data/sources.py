@@ -39,7 +39,7 @@ class DocumentUnit(enum.StrEnum):
 # The options that say something about each kind; `weight` goes with all.
 _OPTIONS = {
   SourceKind.CORPUS: ("weight",),
-  SourceKind.TFDS: ("weight", "text", "split", "heldout"),
+  SourceKind.TFDS: ("weight", "text", "image", "split", "heldout"),
   SourceKind.FILES: ("weight", "text", "documents"),
 }
 
@@ -52,6 +52,7 @@ class SourceConfig:
     name: the word without its options.
     weight: the share of training records from this source is its weight over the sum of all.
     text: the field that holds the text, in files or data sets of records with fields.
+    image: the field of a TFDS data set that holds an image beside the text; empty = none is read.
     split: the TFDS split to train on, as `train` or `train[:10%]`.
     heldout: the TFDS split to hold out; if empty, every 16th document of `split`.
     documents: whether a .txt file, or each line of it, is a document.
@@ -60,6 +61,7 @@ class SourceConfig:
   name: str
   weight: float = 1.0
   text: str = "text"
+  image: str = ""
   split: str = "train"
   heldout: str = ""
   documents: DocumentUnit = DocumentUnit.FILE

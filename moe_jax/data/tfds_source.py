@@ -12,9 +12,12 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from moe_jax.choices import did_you_mean
 from moe_jax.data.files import MissingSourceError
 from moe_jax.data.formats import InputFile, Stretch, text_of, tfrecords
+from moe_jax.data.images import check_pillow
 from moe_jax.data.sources import SourceConfig
 from moe_jax.errors import UserError
 
@@ -72,9 +75,26 @@ class TfdsSource:
   def stretches(self, stream: int) -> Iterator[Stretch]:
     """Yields the documents of one split."""
     place = f"{self.config.name}, split {self._splits[stream]!r}"
-    for number, entry in enumerate(self._readers[stream].entries(), start=1):
-      text = text_of(_plain(entry), self.config.text, f"{place}, record {number}")
-      yield Stretch(text, True, True, number)
+    for number, entry in _numbered(self._readers[stream].entries(), place):
+      where = f"{place}, record {number}"
+      text = text_of(self._plain(entry), self.config.text, where)
+      image = _image_of(entry, self.config.image, where) if self.config.image else None
+      yield Stretch(text, True, True, number, image)
+
+  def _plain(self, entry: Any) -> Any:
+    """Returns an example with its texts as bytes or str, and the name of the class it is labelled.
+
+    Some readers give texts as arrays of one element.
+    """
+    from tensorflow_datasets.core.features import ClassLabel
+
+    field, features = self.config.text, self.builder.info.features
+    single = {k: v.item() for k, v in entry.items() if getattr(v, "shape", None) == ()}
+    if field in entry and isinstance(features[field], ClassLabel):
+      label = int(entry[field])
+      # TFDS gives -1 to what has no label, as in the test splits of competitions.
+      single[field] = "" if label < 0 else features[field].int2str(label)
+    return {**entry, **single}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +136,10 @@ def open_tfds(config: SourceConfig) -> TfdsSource:
 
   Raises:
     MissingSourceError: it is not there.
-    UserError: no such builder, config, version or split.
+    UserError: no such builder, config, version or split, or no package that reads images.
   """
+  if config.image:
+    check_pillow(f"source {config.name}")
   source = TfdsSource(config, _builder(config.builder))
   _ = source._readers
   return source
@@ -195,7 +217,28 @@ def _missing(builder: Any) -> MissingSourceError:
   )
 
 
-def _plain(entry: Any) -> Any:
-  """Returns an example with its texts as bytes or str: some readers give arrays of one element."""
-  single = {k: v.item() for k, v in entry.items() if getattr(v, "shape", None) == ()}
-  return {**entry, **single}
+def _numbered(entries: Iterator[Any], place: str) -> Iterator[tuple[int, Any]]:
+  """Yields entries with their numbers, from 1."""
+  number = 0
+  try:
+    for number, entry in enumerate(entries, start=1):
+      yield number, entry
+  # Of Pillow, which raises the second of a damaged PNG.
+  except (OSError, SyntaxError) as error:
+    raise UserError(
+      f"{place}, record {number + 1} cannot be read ({error}); write the data set again."
+    ) from error
+
+
+def _image_of(entry: Any, field: str, place: str) -> np.ndarray:
+  """Returns the image of an example, (rows, columns, channels) uint8."""
+  if field not in entry:
+    hint = did_you_mean(field, list(entry))
+    raise UserError(f"{place} has no field {field!r}; {hint} (option image=FIELD of the source)")
+  image = np.asarray(entry[field])
+  if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] not in (1, 3):
+    raise UserError(
+      f"{place} has {image.dtype} of shape {image.shape} in field {field!r}, expected an image:"
+      " uint8 of shape (rows, columns, 1 or 3)."
+    )
+  return image

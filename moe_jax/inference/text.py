@@ -21,14 +21,21 @@ def continue_text(
   top_k: int | None = None,
   top_p: float | None = None,
   question: Sequence[int] = (),
+  image: np.ndarray | None = None,
 ) -> str:
   """Returns what the model writes after `prompt`, up to the end of the document.
 
-  The prompt is taken for the start of a document; the ids of `question` follow it.
+  The prompt is taken for the start of a document; the ids of `question` follow it, and those of an
+  image (channels, rows, columns) float32 precede it.
   """
-  tokens = np.concatenate([[tokenizer.bos_id], tokenizer.encode(prompt), question]).astype(np.int32)
-  stop_ids = (tokenizer.eos_id,)
   sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, key=key)
+  before = [tokenizer.bos_id]
+  if image is not None:
+    vision = model.config.vision
+    before += [vision.image_token] * vision.tokens_per_image
+    sampling["pixel_values"] = image[None]
+  tokens = np.concatenate([before, tokenizer.encode(prompt), question]).astype(np.int32)
+  stop_ids = (tokenizer.eos_id,)
   return tokenizer.decode(continue_tokens(model, tokens, max_new_tokens, stop_ids, **sampling))
 
 

@@ -15,12 +15,12 @@ from moe_jax.analysis.counterfactual import counterfactual, part_of
 from moe_jax.data.builders import PreparedData, prepare
 from moe_jax.data.config import DataConfig
 from moe_jax.data.loader import eval_batches
+from moe_jax.models.run_batch import run_batch
 from moe_jax.moe.metrics import load_statistics
 from moe_jax.training.config import ExperimentConfig
 from moe_jax.training.evaluate import Evaluator
 from moe_jax.training.run_folder import METRICS_FILE
 from moe_jax.training.state import model_graph
-from moe_jax.training.step import run_batch
 
 # Steps at the end whose metrics are averaged: one batch of a small model says little.
 _LAST_STEPS = 100

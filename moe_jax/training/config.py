@@ -201,6 +201,7 @@ class ExperimentConfig:
         f" {self.checkpoint.every}; set eval.every = {self.checkpoint.every}"
       )
     self._check_objective()
+    self._check_images()
     if self.repair.every:
       self._check_repair()
     if self.balance_placement.every:
@@ -243,6 +244,28 @@ class ExperimentConfig:
         f" {self.data.tokenizer} has {ids} ids and span_corruption names {spans} spans of a record"
         f" by further ones; give at least {ids + spans}"
       )
+
+  def _check_images(self) -> None:
+    image, vision = self.data.image, self.model.vision
+    if image is None:
+      return
+    if vision is None:
+      raise UserError(
+        "data.image is given for a model without model.vision: add the tower that reads images, or"
+        " leave data.image out"
+      )
+    pairs = {
+      "size": ("image_size", vision.image_size),
+      "tokens": ("tokens_per_image", vision.tokens_per_image),
+      "token": ("image_token", vision.image_token),
+      "channels": ("num_channels", vision.num_channels),
+    }
+    for name, (of_tower, value) in pairs.items():
+      if getattr(image, name) != value:
+        raise UserError(
+          f"data.image.{name} = {getattr(image, name)} is refused: the {of_tower} of model.vision"
+          f" is {value}; give data.image.{name} = {value}"
+        )
 
   def _check_repair(self) -> None:
     refused = f"repair.every = {self.repair.every} is refused: it must be 0"

@@ -29,11 +29,13 @@ class EvalResult:
       predicts a part of them, from the rest of the record: each of its targets counts as many bytes
       as a target of a decoder does on average.
     dropped_fraction: assignments of all MoE layers without a slot; 0 without experts.
+    accuracy: images whose text is the greedy continuation, over all; None without images.
   """
 
   loss: float
   bits_per_byte: float
   dropped_fraction: float
+  accuracy: float | None = None
 
 
 class Evaluator:
@@ -82,6 +84,7 @@ class Evaluator:
       loss=total["nll"] / total["targets"],
       bits_per_byte=total["nll"] / math.log(2) / self._predicted_bytes(total["targets"]),
       dropped_fraction=total["dropped"] / max(total["asked"], 1.0),
+      accuracy=total["right"] / total["images"] if "images" in total else None,
     )
 
   def _check_targets(self, length: int) -> None:

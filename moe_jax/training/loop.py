@@ -301,6 +301,8 @@ class _Training:
 def _evaluate(evaluator: Evaluator, state: TrainState) -> dict[str, float]:
   dropless = evaluator.dropless(state.model)
   row = {"eval_loss": dropless.loss, "eval_bits_per_byte": dropless.bits_per_byte}
+  if dropless.accuracy is not None:
+    row["eval_accuracy"] = dropless.accuracy
   if at_capacity := evaluator.at_training_capacity(state.model):
     row["eval_loss_at_capacity"] = at_capacity.loss
     row["eval_dropped_fraction_at_capacity"] = at_capacity.dropped_fraction

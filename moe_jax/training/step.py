@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 
 from moe_jax.models import ModelAux, ModelConfig
+from moe_jax.models.run_batch import run_batch
 from moe_jax.moe import BalanceScope, RouterInputs
 from moe_jax.moe.losses import loss_weights
 from moe_jax.moe.metrics import max_violation_floor
@@ -60,28 +61,6 @@ _LOSS_NAMES = {
 _ALWAYS_LOGGED = frozenset({"load_balance", "router_z"})
 
 
-def run_batch(model, batch: Batch, **call: Any) -> tuple[jax.Array, ModelAux]:
-  """Returns the logits and the aux record of a batch of records or pairs; see `token_nll`."""
-  if "source_tokens" in batch:
-    return model(
-      batch["source_tokens"],
-      batch["tokens"],
-      token_mask=batch["source_segment_ids"] > 0,
-      decoder_mask=batch["segment_ids"] > 0,
-      return_aux=True,
-      **call,
-    )
-  return model(
-    batch["tokens"],
-    token_mask=batch["segment_ids"] > 0,
-    segment_ids=batch["segment_ids"],
-    positions=batch["positions"],
-    pixel_values=batch.get("pixel_values"),
-    return_aux=True,
-    **call,
-  )
-
-
 def token_nll(model, batch: Batch, **call: Any) -> tuple[jax.Array, ModelAux]:
   """Returns the summed negative log-likelihood (nats) of the batch's targets, and the aux record.
 
@@ -94,8 +73,12 @@ def token_nll(model, batch: Batch, **call: Any) -> tuple[jax.Array, ModelAux]:
     **call: passed to the model.
   """
   logits, aux = run_batch(model, batch, **call)
+  return _nll(logits, batch), aux
+
+
+def _nll(logits: jax.Array, batch: Batch) -> jax.Array:
   nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-  return jnp.sum(nll * batch["loss_mask"]), aux
+  return jnp.sum(nll * batch["loss_mask"])
 
 
 def multi_token_nll(aux: ModelAux, batch: Batch) -> jax.Array:
@@ -212,23 +195,32 @@ def make_eval_step(
   """Returns eval(model, batch) -> sums over a batch; `model` is `TrainState.model`.
 
   The sums are `nll` in nats, `targets`, `tokens`, and over MoE layers the assignments `asked` for
-  and those `dropped`.
+  and those `dropped`; of a batch with images also the `images`, and those `right`, of which every
+  target is the likeliest token, so that a greedy continuation of the image is the text.
   """
   graph = model_graph(config)
 
   def evaluate(model: nnx.State, batch: Batch) -> Metrics:
-    nll, aux = token_nll(nnx.merge(graph, model), batch)
+    logits, aux = run_batch(nnx.merge(graph, model), batch)
     asked = [plan.metrics["assignments"] for plan in aux.plans]
     fractions = [plan.metrics["dropped_fraction"] for plan in aux.plans]
     return {
-      "nll": nll,
+      "nll": _nll(logits, batch),
       "targets": jnp.sum(batch["loss_mask"]),
       "tokens": real_tokens(batch),
       "asked": sum(asked, jnp.float32(0)),
       "dropped": sum((a * f for a, f in zip(asked, fractions, strict=True)), jnp.float32(0)),
+      **(_right(logits, batch) if "pixel_values" in batch else {}),
     }
 
   return compile_for(layout, evaluate, out_shardings=None if layout is None else layout.replicated)
+
+
+def _right(logits: jax.Array, batch: Batch) -> Metrics:
+  asked = batch["loss_mask"] > 0
+  right = jnp.all((jnp.argmax(logits, axis=-1) == batch["targets"]) | ~asked, axis=1)
+  images = jnp.any(asked, axis=1)
+  return {"images": jnp.sum(images), "right": jnp.sum(images & right)}
 
 
 def _needs_global_load(config: ExperimentConfig) -> bool:

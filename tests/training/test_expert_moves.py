@@ -13,11 +13,11 @@ from training import tiny
 from training.steps import drawn_state, fresh, make_batch
 
 from moe_jax.errors import UserError
+from moe_jax.models.run_batch import run_batch
 from moe_jax.training.expert_moves import move_experts
 from moe_jax.training.optimizer import make_optimizer
 from moe_jax.training.placed import compile_for, place_batch
 from moe_jax.training.state import model_graph, state_shardings
-from moe_jax.training.step import run_batch
 
 E = 8
 
