@@ -133,6 +133,11 @@ def read_source(args: SimpleNamespace) -> Source:
 def _read_run(args: SimpleNamespace) -> Source:
   path = Path(args.workdir)
   config, state, place = load_state(path, args.step)
+  if place.get("owed"):
+    raise UserError(
+      f"{path} was told to end while it evaluated step {state.step}, and the checkpoint owes that"
+      " row of the metrics; go on with the run for a step, or name another one by --step"
+    )
   lines = [line for _, line in rows_until(path / METRICS_FILE, int(state.step))]
   return Source(path, config, state, place, "".join(map(_without_routers, lines)))
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
@@ -38,6 +38,10 @@ class EvalResult:
   accuracy: float | None = None
 
 
+class InterruptedEvaluation(Exception):  # noqa: N818 - no fault
+  """An evaluation was told to end before its last batch."""
+
+
 class Evaluator:
   """Evaluates `TrainState.model` on the held-out split, dropless and at the training capacity.
 
@@ -45,8 +49,23 @@ class Evaluator:
     UserError: held-out records of which an encoder-decoder would predict nothing.
   """
 
-  def __init__(self, config: ExperimentConfig, data: PreparedData, layout: Layout | None = None):
-    self._data, self._layout = data, layout
+  def __init__(
+    self,
+    config: ExperimentConfig,
+    data: PreparedData,
+    layout: Layout | None = None,
+    must_end: Callable[[], bool] | None = None,
+  ):
+    """Prepares to evaluate.
+
+    Args:
+      config: of the run.
+      data: whose held-out split is read.
+      layout: the devices; None = one.
+      must_end: asked before every batch, in all processes alike; if it is true, the evaluation
+        ends with InterruptedEvaluation. None = never.
+    """
+    self._data, self._layout, self._must_end = data, layout, must_end
     self._batch_size = config.eval.batch_size or config.batch_size // config.accumulation_steps
     self._pairs = config.pair_maker
     self._check_targets(config.data.sequence_length)
@@ -78,7 +97,7 @@ class Evaluator:
     )
     batches = place_batches(batches, self._layout, rows)
     # One host transfer at the end: the device never waits for the host in between.
-    sums = jax.device_get([step(model, batch) for batch in batches])
+    sums = jax.device_get(self._all_sums(step, model, batches))
     total = {name: math.fsum(float(s[name]) for s in sums) for name in sums[0]}
     return EvalResult(
       loss=total["nll"] / total["targets"],
@@ -86,6 +105,17 @@ class Evaluator:
       dropped_fraction=total["dropped"] / max(total["asked"], 1.0),
       accuracy=total["right"] / total["images"] if "images" in total else None,
     )
+
+  def _all_sums(self, step: Callable, model: nnx.State, batches: Iterable) -> list[dict]:
+    sums = []
+    for batch in batches:
+      if self._must_end is not None and self._must_end():
+        raise InterruptedEvaluation
+      sums.append(step(model, batch))
+      # Asking is of use only if few batches are under way: one is worked on, and one waits.
+      if self._must_end is not None and len(sums) > 1:
+        jax.block_until_ready(sums[-2])
+    return sums
 
   def _check_targets(self, length: int) -> None:
     """Refuses records so long that the second half of each is padding."""

@@ -18,7 +18,7 @@ from moe_jax.sharding.processes import failing_together, is_first_process
 from moe_jax.training.alarms import Alarms
 from moe_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
 from moe_jax.training.config import ExperimentConfig
-from moe_jax.training.evaluate import Evaluator
+from moe_jax.training.evaluate import Evaluator, InterruptedEvaluation
 from moe_jax.training.events import Event
 from moe_jax.training.fault_policy import FaultPolicy, GoBack
 from moe_jax.training.faults_config import OnNonfinite, OnSpike
@@ -35,6 +35,7 @@ from moe_jax.training.step import make_train_step
 from moe_jax.training.stream import stream_of, training_batches
 from moe_jax.training.tables import fill_tables
 from moe_jax.training.watchdog import Watchdog
+from moe_jax.training.writers import Row
 
 
 def run_steps(
@@ -72,13 +73,12 @@ def run_steps(
     UserError: the run has diverged, or what an earlier process left of it is damaged.
   """
   with contextlib.ExitStack() as stack:
-    stop = stack.enter_context(StopRequest())
     training = _Training(config, data, workdir, layout, stack, Goodput(workdir, begun))
     training.restore()
     training.begin(on_sound)
-    while training.step < config.steps:
+    while not training.is_done():
       try:
-        training.advance(stop)
+        training.advance()
       except GoBack as fault:
         training.go_back(fault)
     return training.finish()
@@ -103,10 +103,11 @@ class _Training:
     self._config, self._data, self._layout = config, data, layout
     self._workdir, self._stack, self._goodput = workdir, stack, goodput
     self._started, self._earlier = time.monotonic(), 0.0
+    self._stop_request = stack.enter_context(StopRequest())
     self._optimizer = make_optimizer(config.optimizer, config.steps)
     self._train_step = make_train_step(config, self._optimizer, layout)
     self._balance = make_balancer(config, self._optimizer, layout)
-    self._evaluator = Evaluator(config, data, layout)
+    self._evaluator = Evaluator(config, data, layout, self._must_stop)
     self._rows, self._identity = own_rows(layout, config.batch_size), stream_of(config, data)
     self._checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint))
     self._watchdog = stack.enter_context(Watchdog(config.faults.watchdog_seconds, workdir))
@@ -126,7 +127,7 @@ class _Training:
     restored = self._checkpoints.restore_latest(template, at_most)
     self._batches = training_batches(config, self._data, self._rows)
     if restored is None:
-      self.step, self._state = 0, self._first_state()
+      self.step, self._state, self._owed = 0, self._first_state(), None
       self._restore_faults({})
       return
     self.step, self._state, place = restored
@@ -135,6 +136,7 @@ class _Training:
       check_state(self._batches, stream)
       if not 0 <= self._earlier < math.inf:
         raise ValueError(f"wall_seconds is {self._earlier}")
+      self._owed = _owed_row(place, self.step)
       self._restore_faults(place.get("faults", {}))
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
       reason = f"its place in the data is of another kind ({type(error).__name__}: {error})"
@@ -143,7 +145,7 @@ class _Training:
 
   def begin(self, on_sound: Callable[[], None] | None) -> None:
     """Opens what the run writes; see `run_steps`."""
-    self._outputs = self._stack.enter_context(RunOutputs(self._config, self._workdir, self.step))
+    self._outputs = self._open_outputs()
     with failing_together():
       if on_sound is not None and is_first_process():
         on_sound()
@@ -153,13 +155,23 @@ class _Training:
     self._outputs.events([{"event": "started", "step": self.step}], aloud=False)
     self._goodput.begin(self.step)
 
-  def advance(self, stop: StopRequest) -> None:
-    """Trains one step, and does what is due after it.
+  def is_done(self) -> bool:
+    """Tells whether all steps are trained, and all rows written."""
+    return self.step >= self._config.steps and self._owed is None
+
+  def advance(self) -> None:
+    """Writes the row that an interrupted evaluation owes, or trains a step; does what is due then.
 
     Raises:
       GoBack: the run is to go back behind a step.
       StoppedRun: the run was told to end; the step is saved.
     """
+    if self._owed is None:
+      self._train()
+    else:
+      self._pay()
+
+  def _train(self) -> None:
     config, step = self._config, self.step + 1
     self._profiler.before(step)
     with self._goodput.during(Activity.DATA):
@@ -171,19 +183,36 @@ class _Training:
     self._state = self._balance(self._state, step)
     self._policy.watch(step, metrics.pop(FINITE))
     self._profiler.after(step, metrics)
-    stopping = self._must_stop(stop)
+    stopping = self._must_stop()
     saving = stopping or is_due(step, config.checkpoint.every, config.steps)
     row = {}
     if saving or is_logged(step, config):
       bad = self._answer_faults()
       if is_logged(step, config):
-        row = self._log(metrics, bad)
+        row = self._clock.row(step, metrics)
+        if step in bad:
+          row = as_missing(row)
+        else:
+          check_finite(step, row)
+        try:
+          row = self._log(row)
+        except InterruptedEvaluation:
+          stopping = saving = True
       if saving:
         self._save(metrics if step not in bad else {}, row.get("eval_loss"))
     self._watchdog.beat()
     self._goodput.end_step(step, write=saving)
     if stopping:
       self._stop()
+
+  def _pay(self) -> None:
+    """Evaluates what an earlier process was told to end in, and writes that step's row."""
+    try:
+      row = self._log(self._owed)
+    except InterruptedEvaluation:
+      self._stop()
+    if is_due(self.step, self._config.checkpoint.every, self._config.steps):
+      self._save({}, row.get("eval_loss"))
 
   def go_back(self, fault: GoBack) -> None:
     """Restores a checkpoint from before the fault, and passes over the batches up to it."""
@@ -196,7 +225,7 @@ class _Training:
     self._policy.used, self._policy.passed = used, batch - self.step
     self._goodput.go_back(self.step)
     self._outputs.close()
-    self._outputs = self._stack.enter_context(RunOutputs(self._config, self._workdir, self.step))
+    self._outputs = self._open_outputs()
     self._clock = Clock(self._config)
     self._rollbacks.append(event | {"restored": self.step})
     *again, last = [each for each in self._rollbacks if each["step"] > self.step]
@@ -210,10 +239,14 @@ class _Training:
     self._goodput.write()
     return self._state, self._seconds()
 
-  def _must_stop(self, stop: StopRequest) -> bool:
+  def _open_outputs(self) -> RunOutputs:
+    outputs = RunOutputs(self._config, self._workdir, self.step, owed=self._owed is not None)
+    return self._stack.enter_context(outputs)
+
+  def _must_stop(self) -> bool:
     # What processes agree on must grow from call to call, also where a run goes back.
     self._asked += 1
-    return self._checkpoints.must_stop(self._asked) or bool(stop)
+    return self._checkpoints.must_stop(self._asked) or bool(self._stop_request)
 
   def _answer_faults(self) -> list[int]:
     """Returns the bad steps since it last looked, when they have been dealt with."""
@@ -235,16 +268,20 @@ class _Training:
       batch=event["batch"] - 1,
     )
 
-  def _log(self, metrics: dict[str, jax.Array], bad: list[int]) -> dict[str, Any]:
-    """Writes the row of a step, and what it gives cause to say."""
-    row = self._clock.row(self.step, metrics)
-    if self.step in bad:
-      row = as_missing(row)
+  def _log(self, row: Row) -> Row:
+    """Writes the row of a step with what is evaluated at it, and says what they give cause to.
+
+    Raises:
+      InterruptedEvaluation: the run was told to end; the row is owed.
+    """
     if is_due(self.step, self._config.eval.every, self._config.steps):
+      self._owed = row
       with self._goodput.during(Activity.EVALUATION):
-        row |= _evaluate(self._evaluator, self._state)
+        found = _evaluate(self._evaluator, self._state)
+      self._owed = None
       self._clock.restart(self.step)
-    check_finite(self.step, {name: value for name, value in row.items() if self.step not in bad})
+      check_finite(self.step, found)
+      row = row | found
     self._outputs.row(row)
     self._answer_alarms(self._alarms.read(row))
     return row
@@ -264,6 +301,7 @@ class _Training:
       place = {
         "stream": save_state(self._batches, self._identity),
         "wall_seconds": self._seconds(),
+        "owed": self._owed,
         "faults": self._policy.state() | {"alarms": self._alarms.state()},
       }
       self._checkpoints.save(self.step, self._state, place, heldout)
@@ -296,6 +334,17 @@ class _Training:
   def _restore_faults(self, saved: dict[str, Any]) -> None:
     self._policy.restore(saved)
     self._alarms.restore(saved.get("alarms", {}))
+
+
+def _owed_row(place: dict[str, Any], step: int) -> Row | None:
+  """Returns the row of a step that was saved during its evaluation; None of any other."""
+  row = place.get("owed")
+  if row is None:
+    return None
+  numbers = jax.tree.leaves(row)
+  if row["step"] != step or not all(isinstance(number, int | float) for number in numbers):
+    raise ValueError(f"the row it owes is {row}")
+  return row
 
 
 def _evaluate(evaluator: Evaluator, state: TrainState) -> dict[str, float]:

@@ -20,28 +20,32 @@ class RunOutputs:
   Opening it drops what was written beyond the restored step, for it will be written again.
   """
 
-  def __init__(self, config: ExperimentConfig, workdir: Path, restored_step: int):
+  def __init__(
+    self, config: ExperimentConfig, workdir: Path, restored_step: int, *, owed: bool = False
+  ):
     """Opens the files.
 
     Args:
       config: of the run.
       workdir: its folder.
       restored_step: the last step that stays.
+      owed: whether its row is still to be written.
 
     Raises:
       UserError: rows up to that step are missing, or a file is damaged or cannot be written.
     """
-    due = (step for step in range(1, restored_step + 1) if is_logged(step, config))
+    last_row = restored_step - owed
+    due = (step for step in range(1, last_row + 1) if is_logged(step, config))
     self._stack, self._events = contextlib.ExitStack(), None
     with failing_together():
       if is_first_process():
-        check_rows(workdir, restored_step, due)
+        check_rows(workdir, last_row, due)
         # Before the rows are cut: events that are refused leave all files as they were.
         events = contextlib.closing(EventLog(workdir, restored_step))
         self._events = self._stack.enter_context(events)
     self._writers = [
       self._stack.enter_context(contextlib.closing(writer))
-      for writer in open_writers(config.log, workdir, restored_step)
+      for writer in open_writers(config.log, workdir, last_row)
     ]
     self._progress = Progress(
       restored_step, config.steps, workdir.name, quiet=not is_first_process()

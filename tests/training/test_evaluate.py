@@ -10,7 +10,7 @@ from training import tiny
 from training.steps import initial_state, make_batch
 
 from moe_jax.errors import UserError
-from moe_jax.training.evaluate import Evaluator, at_training_capacity
+from moe_jax.training.evaluate import Evaluator, InterruptedEvaluation, at_training_capacity
 from moe_jax.training.step import make_eval_step
 
 RECORDS = 6
@@ -37,12 +37,12 @@ def experiment(batch_size, train, evaluation):
   )
 
 
-def evaluator(*settings):
+def evaluator(*settings, must_end=None):
   """Returns an evaluator on the held-out records of an `experiment`."""
   records = [{name: a[i] for name, a in held_out().items()} for i in range(RECORDS)]
   targets = sum(int(record["loss_mask"].sum()) for record in records)
   data = types.SimpleNamespace(heldout=records, heldout_bytes=100, heldout_targets=targets)
-  return Evaluator(experiment(*settings), data)
+  return Evaluator(experiment(*settings), data, must_end=must_end)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,19 @@ def test_dropless_evaluation_does_not_depend_on_the_batch(model):
   # The same float32 sums in products of other shapes.
   assert relative_error(actual.loss, expected.loss) < 1e-6
   assert relative_error(actual.bits_per_byte, expected.bits_per_byte) < 1e-6
+
+
+def test_an_evaluation_ends_between_batches(model):
+  answers, asked = iter([False, False, True]), []
+
+  def must_end():
+    asked.append(next(answers))
+    return asked[-1]
+
+  told = evaluator(2, TIGHT, TIGHT, must_end=must_end)
+  with pytest.raises(InterruptedEvaluation):
+    told.dropless(model)
+  assert asked == [False, False, True]
 
 
 def test_evaluation_at_the_training_capacity_drops_as_training_does(model):

@@ -1,6 +1,5 @@
 """Signals, a hung step, a full disk: a run ends saved, or says why in one sentence."""
 
-import itertools
 import json
 import os
 import signal
@@ -16,14 +15,17 @@ from training import tiny
 from moe_jax.cli import main
 from moe_jax.commands.supervise import _Supervisor
 from moe_jax.data.builders import prepare
+from moe_jax.data.loader import places_in_batch
 from moe_jax.data.shards import Records
 from moe_jax.errors import EXIT_AGAIN, EXIT_HUNG, StoppedRun, UserError
 from moe_jax.training import loop
 from moe_jax.training.append_only import LineFile
+from moe_jax.training.evaluate import InterruptedEvaluation
 from moe_jax.training.events import EventLog, read_events
 from moe_jax.training.goodput import Activity, account, read_goodput
 from moe_jax.training.interrupts import StopRequest
 from moe_jax.training.loop import run_steps
+from moe_jax.training.manifest import read_manifest
 from moe_jax.training.step_folders import saved_steps
 from moe_jax.training.writers import JsonLinesWriter
 
@@ -99,6 +101,52 @@ def test_a_signal_ends_a_run_saved_and_the_same_command_goes_on(
   run_steps(config, prepare(config.data), other)
   assert rows(tmp_path / "run") == rows(other)
   assert [e["event"] for e in read_events(tmp_path / "run")] == ["started", "stopped", "started"]
+
+
+def interrupt_evaluation(patch, step: int) -> None:
+  """Makes a run of this process send itself SIGTERM while it evaluates a step."""
+  evaluate = loop._evaluate
+
+  def interrupted(evaluator, state):
+    if int(state.step) == step:
+      os.kill(os.getpid(), signal.SIGTERM)
+    if evaluator._must_end():
+      raise InterruptedEvaluation
+    return evaluate(evaluator, state)
+
+  patch.setattr(loop, "_evaluate", interrupted)
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_signal_in_an_evaluation_leaves_its_row_to_the_next_start(step, tmp_path, monkeypatch):
+  chosen = SMALL | dict(eval__every=3, checkpoint__every=3, checkpoint__keep_best=2)
+  config, run, other = tiny.experiment(**chosen), tmp_path / "run", tmp_path / "whole"
+  data = prepare(config.data)
+  for folder in (run, other):
+    folder.mkdir()
+  run_steps(config, data, other)
+  # The second time while it makes up for the first.
+  for _ in range(2):
+    with monkeypatch.context() as patch:
+      interrupt_evaluation(patch, step)
+      with pytest.raises(StoppedRun, match=f"step {step} is saved"):
+        run_steps(config, data, run)
+    assert [row["step"] for row in rows(run)] == list(range(1, step))
+    assert saved_steps(run / "checkpoints")[-1] == step
+  run_steps(config, data, run)
+  assert rows(run) == rows(other)
+  for folder in (run, other):
+    kept = saved_steps(folder / "checkpoints")
+    assert [read_manifest(folder / "checkpoints" / str(s)).metric for s in kept] == [1.0, 1.0]
+
+
+def test_surgery_waits_for_a_row_that_is_owed(tmp_path, monkeypatch, capsys):
+  words = tiny.command(tmp_path / "run", **SMALL | dict(eval__every=3))
+  interrupt_evaluation(monkeypatch, 3)
+  assert main(words) == EXIT_AGAIN
+  words = ["convert", "upcycle", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}"]
+  assert main([*words, "--num_experts=4"]) == 2
+  assert "while it evaluated step 3, and the checkpoint owes" in capsys.readouterr().err
 
 
 def test_a_second_interrupt_ends_at_once():
@@ -308,11 +356,11 @@ from moe_jax.commands import summary
 from moe_jax.training import loop
 summary.xz_primed_bits_per_byte = lambda text, primer: 0.0
 advance = loop._Training.advance
-def filling_up(self, stop):
+def filling_up(self):
   if self.step == 3 and sys.argv[2] == "full":
     # More than the metrics come to, less than the embedding: a write fails in the middle of a file.
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-  advance(self, stop)
+  advance(self)
 loop._Training.advance = filling_up
 sys.exit(main(tiny.command(sys.argv[1], "dense", checkpoint__every=2)))
 """
@@ -347,12 +395,12 @@ def test_a_thread_that_reads_and_dies_ends_the_run_which_then_goes_on(tmp_path, 
   """Batches are read ahead in threads: what kills one reaches the loop, and no batch is lost."""
   config = tiny.experiment(**SMALL | dict(checkpoint__every=2))
   data = prepare(config.data)
-  gather, reads, lock = Records.gather, itertools.count(1), threading.Lock()
+  gather, fifth = Records.gather, {"batch_size": config.batch_size, "seed": config.seed, "batch": 4}
+  places_of_fifth = places_in_batch(data.train, **fifth)
 
   def dying(self, places):
-    with lock:
-      if next(reads) == 5:
-        raise RuntimeError("this thread was killed")
+    if list(places) == places_of_fifth:
+      raise RuntimeError("this thread was killed")
     return gather(self, places)
 
   for name in ("broken", "whole"):
