@@ -68,21 +68,25 @@ def my_router(tmp_path, monkeypatch):
   forget()
 
 
+def small_run(workdir, variant: str) -> list[str]:
+  """Returns the words that train two steps of two equal blocks."""
+  segments = ((f"attention:{variant}", 2),)
+  return tiny.command(workdir, variant, steps=2, model__segments=segments, model__scan_unroll=1)
+
+
 def test_moe_jax_commands_run_in_the_order_of_the_readme(tmp_path, monkeypatch, my_router):
   # Runs land in a scratch folder; configs are found from the repository.
   monkeypatch.chdir(tiny.ROOT)
-  quick = tiny.command(tmp_path / "quickstart", steps=2)
-  assert main(quick) == 0
-  small = {False: tiny.command("x", "dense", steps=2)[3:], True: tiny.command("x", steps=2)[3:]}
+  assert main(small_run(tmp_path / "quickstart", "moe")) == 0
   for words in MOE_JAX:
     words = [word.replace("=runs/", f"={tmp_path}/") for word in words]
     if words[0] == "convert":
       words = [re.sub(r"steps=\d+", "steps=3", word) for word in words]
     # A run that was made from another one brings a config of that one's size.
     if words[0] == "train" and words[1].startswith("--config=configs/"):
-      is_moe = not any(":dense" in word for word in words)
+      variant = "dense" if any(":dense" in word for word in words) else "moe"
       # The tiny sizes first, so that what the README sets itself wins.
-      words = words[:1] + small[is_moe] + words[1:]
+      words = words[:1] + small_run("x", variant)[3:] + words[1:]
     if any(word.startswith("--config.sharding.") for word in words):
       words.append("--config.batch_size=8")
     elif words[0] == "generate":
