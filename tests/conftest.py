@@ -14,6 +14,11 @@ if _OWN_CACHE:
   os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="moe_jax_tests_")
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
+# Most of a test's time is XLA's. Without the emitters of fused loops, and in one module in place of
+# one for each of many threads, it takes half of it; what the programs compute stays the same.
+_FASTER = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+os.environ["XLA_FLAGS"] = f"{_FASTER} {os.environ.get('XLA_FLAGS', '')}".strip()
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from full_report import FullReport  # noqa: E402
