@@ -32,6 +32,9 @@ _REQUIREMENTS = [
 # Read the tokenizer.json or the tokenizer.model of a Hugging Face checkpoint.
 _TOKENIZERS = ["tokenizers>=0.22", "sentencepiece>=0.2.1"]
 
+# Decodes, crops and resizes images; TFDS needs it too, to read those of its data sets.
+_IMAGES = ["pillow>=11.0"]
+
 _EXTRAS = {
   # cuda13 needs an NVIDIA driver of series 580 or later; cuda12 runs on older ones.
   "gpu": [f"jax[cuda13]{_JAX}"],
@@ -40,6 +43,7 @@ _EXTRAS = {
   "gcs": ["gcsfs"],
   "tensorboard": ["tensorboardX>=2.6.5"],
   "hf": _TOKENIZERS,
+  "images": _IMAGES,
   "dev": [
     "pytest>=9.0",
     "hypothesis>=6.150",
@@ -47,6 +51,7 @@ _EXTRAS = {
     "ruff>=0.17",
     "tensorboardX>=2.6.5",
     *_TOKENIZERS,
+    *_IMAGES,
   ],
 }
 

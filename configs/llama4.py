@@ -9,7 +9,7 @@
 
 Sizes are those of the releases, for which there is no paper. The vision tower, 0.87 B in both, cuts
 336 x 336 pixels into 24 x 24 patches, of which 2 x 2 become a token; variants `_text` are without.
-A trainer's text has no images: `pixel_values` are given to the model, or come with a batch.
+Images for training come from TFDS data sets, see `configs/imagenet.py`.
 
 Scout has 16 experts in every layer, Maverick 128 in every other one. Three layers of four attend
 within chunks of 8,192 positions, with rotary positions; the fourth sees everything, without

@@ -18,6 +18,7 @@ _PACKAGES = (
   "numpy",
   "optax",
   "orbax-checkpoint",
+  "pillow",
   "rich",
   "safetensors",
   "scipy",
