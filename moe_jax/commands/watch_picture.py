@@ -24,8 +24,8 @@ _WIDTH = 60
 _LAST_EVENTS = 5
 _LAYERS = 8
 _EXPERTS = 64
-# Twice the even share, and more, is as dark as it gets.
-_HOTTEST = 2.0
+_HOTTEST = 2.0  # times the even share: as high as bars get
+_MANY = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,8 @@ def picture(snapshot: Snapshot) -> rich.panel.Panel:
 def sparkline(values: Sequence[float | None], width: int = _WIDTH) -> str:
   """Returns a line of bars, lowest to highest value; a gap where nothing is finite.
 
-  Where there are more values than places, a place shows their mean.
+  Where there are more values than places, a place shows their mean. Of twenty places and more, the
+  highest tenth are full: the first losses of a run would flatten all others.
   """
   count = min(width, len(values))
   cells = [values[i * len(values) // count : (i + 1) * len(values) // count] for i in range(count)]
@@ -105,22 +106,24 @@ def sparkline(values: Sequence[float | None], width: int = _WIDTH) -> str:
   known = [mean for mean in means if mean is not None]
   if not known:
     return ""
-  low, span = min(known), (max(known) - min(known)) or 1.0
+  ranked = sorted(known)
+  high = ranked[len(ranked) * 9 // 10] if len(ranked) >= _MANY else ranked[-1]
+  low, span = ranked[0], (high - ranked[0]) or 1.0
   return "".join(
     " " if mean is None else _BARS[min(7, int(8 * (mean - low) / span))] for mean in means
   )
 
 
 def heat_strip(load: Sequence[float]) -> rich.text.Text:
-  """Returns one cell an expert: the darker, the larger its share; dead experts are red."""
+  """Returns a bar an expert, half high for an even share; dead experts are red, hot ones yellow."""
   strip = rich.text.Text()
-  for share in load[:_EXPERTS]:
-    ratio = share * len(load) if finite(share) else 0.0
-    shade = 255 - int(23 * min(ratio / _HOTTEST, 1.0))
+  ratios = [share * len(load) if finite(share) else 0.0 for share in load]
+  for ratio in ratios[:_EXPERTS]:
     mark = "x" if ratio == 0 else _BARS[min(7, int(8 * ratio / _HOTTEST))]
-    strip.append(mark, "red" if ratio == 0 else f"color({shade})")
-  more = len(load) - _EXPERTS
-  return strip.append(f" and {more} more") if more > 0 else strip
+    strip.append(mark, "red" if ratio == 0 else "yellow" if ratio >= _HOTTEST else "")
+  if len(load) > _EXPERTS:
+    strip.append(f" and {len(load) - _EXPERTS} more")
+  return strip.append(f"  the fullest {fixed(max(ratios), 2)} times the even share")
 
 
 def _progress(snapshot: Snapshot) -> list[tuple[str, Any]]:

@@ -91,11 +91,14 @@ def test_sparklines_span_lowest_to_highest_and_leave_gaps():
   assert sparkline([1.0, 2.0, None, 8.0]) == "▁▂ █"
   assert sparkline([1.0] * 3) == "▁▁▁" and sparkline([None]) == ""
   assert sparkline([float(i) for i in range(100)], width=4) == "▁▃▆█"
+  # One value far above the others leaves their shape.
+  assert len(set(sparkline([1000.0, *(float(i) for i in range(29))]))) == 8
 
 
 def test_a_dead_expert_stands_out():
   strip = heat_strip([0.0, 0.5, 0.25, 0.25])
-  assert strip.plain == "x█▅▅" and strip.spans[0].style == "red"
+  assert strip.plain == "x█▅▅  the fullest 2.00 times the even share"
+  assert [span.style for span in strip.spans] == ["red", "yellow"]
 
 
 @pytest.fixture
