@@ -245,6 +245,17 @@ COMMANDS = {
     ),
     ("workdir",),
   ),
+  "analyze": Command(
+    "measure how a run routes, and what changes of its routing cost: a page and tables",
+    "moe_jax.commands.analysis:analyze",
+    (
+      _RUN,
+      _STEP,
+      Flag("out", FlagKind.FOLDER, "folder to write; analysis in the run's if absent", None),
+      Flag("domain", FlagKind.TEXTS, "NAME=SOURCE of a text to route; the run's own if absent", ()),
+      Flag("batches", FlagKind.INTEGER, "batches of each text", 16),
+    ),
+  ),
   "report": Command(
     "write the report of a run, or the pages of a folder of recipes",
     "moe_jax.commands.reporting:report",

@@ -161,12 +161,12 @@ def _whole_file(file: InputFile) -> Iterator[Stretch]:
 def _whole_characters(stretches: Iterator[Stretch]) -> Iterator[Stretch]:
   """Moves a character that was cut in two, at the end of a stretch, to the next one."""
   rest = b""
-  for text, first, last, offset in stretches:
-    text, rest = rest + text, b""
-    if not last:
+  for stretch in stretches:
+    text, rest = rest + stretch.text, b""
+    if not stretch.last:
       keep = len(text) - _cut_character(text)
       text, rest = text[:keep], text[keep:]
-    yield Stretch(text, first, last, offset)
+    yield stretch._replace(text=text)
 
 
 def _cut_character(text: bytes) -> int:

@@ -21,8 +21,8 @@ from moe_jax.errors import UserError
 # Makes another record of one, with random numbers.
 Transform = Callable[[Record, np.random.Generator], Record]
 
-# The fields that tell what of a record is real.
-_REAL = frozenset({"segment_ids", "source_segment_ids", "loss_mask"})
+# The fields that tell which places of a record are real, and which are predicted.
+_REAL = ("segment_ids", "loss_mask")
 
 # A few batches ahead on two threads hide the reading; grain's default (500 batches, 16 threads)
 # would fill the memory and starve the training step on a small machine.
@@ -134,9 +134,9 @@ def eval_batches(
 ) -> Iterator[Record]:
   """Yields every record exactly once, in order, in batches of one shape.
 
-  The last batch is filled up with records that are padding throughout (segment_ids 0, loss_mask 0),
-  so an evaluation that weighs by `loss_mask` needs no special case. What else they hold is that of
-  the first record: a model that reads images finds one in every row.
+  The last batch is filled up with records of zeros (segment_ids 0, loss_mask 0), so an evaluation
+  that weighs by `loss_mask` needs no special case. Where records have images, only these two are 0:
+  a model that reads images looks for one in every row.
 
   Args:
     source: the records.
@@ -169,7 +169,7 @@ def _rows(read: Callable[[Sequence[int]], Record], length: int, first: int, coun
   """Returns records first .. first + count - 1, padding for those past the end."""
   real = min(max(length - first, 0), count)
   rows = read([first + row if row < real else 0 for row in range(count)])
-  for name in _REAL.intersection(rows):
+  for name in _REAL if "pixel_values" in rows else rows:
     rows[name][real:] = 0
   return rows
 

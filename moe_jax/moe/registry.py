@@ -4,10 +4,11 @@ A function takes a `SelectView` and the config and returns what was chosen; `reg
 gives it a name that configs can use. The README shows one.
 """
 
+import contextlib
 import dataclasses
 import enum
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import jax
@@ -135,6 +136,20 @@ def register_selection(name: str, **traits) -> Callable[[SelectFunction], Select
     return function
 
   return register
+
+
+@contextlib.contextmanager
+def temporary_selection(name: str, function: SelectFunction, **traits) -> Iterator[None]:
+  """Has a selection under `name` while it is open, for a question that no config asks.
+
+  Raises:
+    UserError: a name that is taken.
+  """
+  register_selection(name, **traits)(function)
+  try:
+    yield
+  finally:
+    del _SELECTORS[name]
 
 
 def _origin(function: SelectFunction) -> object:

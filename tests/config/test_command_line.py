@@ -135,6 +135,7 @@ def test_defaults_and_types_of_plain_flags():
     "top_k": None,
     "top_p": None,
     "seed": 7,
+    "image": None,
   }
 
 
