@@ -246,7 +246,7 @@ COMMANDS = {
     ("workdir",),
   ),
   "analyze": Command(
-    "measure how a run routes, and what changes of its routing cost: a page and tables",
+    "measure how a run routes, beside chance: a page and tables",
     "moe_jax.commands.analysis:analyze",
     (
       _RUN,

@@ -70,13 +70,20 @@ def render(found: AnalysisResults) -> str:
       _words(found.tops),
       "Tokens that set each expert apart, the most telling first. ␣ is a space, \\n a line break.",
     ),
-    _section("Who works together", _pairs(found), "") if found.pairs else "",
+    _section(
+      "Who works together",
+      _pairs(found),
+      "Of the tokens of a row's expert, the share that ask for the column's too, coloured around the"
+      " row's mean in the same way.",
+    )
+    if found.pairs
+    else "",
     _section("Over training", _changes(found), "") if _changes(found) else "",
     _section(
       "What it is worth",
       _losses(found.losses),
       "Held-out loss when routing is changed at evaluation, without training anew: above the model"
-      " as it is, or below.",
+      " as it is (vermillion), or below (blue).",
     ),
   ]
   return page(title, "\n".join(filter(None, parts)))
@@ -123,10 +130,10 @@ def _figures(name: str, tables: Sequence[np.ndarray], rows: Sequence[str]) -> st
 
 
 def _heat(table: np.ndarray, rows: Sequence[str]) -> str:
-  """Draws rows of shares around their even share."""
+  """Draws rows of shares around their mean; what is NaN stays clear."""
   table = table[:, :_MOST_EXPERTS]
-  even = table.sum(axis=1, keepdims=True) / table.shape[1]
-  ratios = np.divide(table, even, out=np.ones_like(table), where=even > 0)
+  even = np.nanmean(table, axis=1, keepdims=True)
+  ratios = np.nan_to_num(np.divide(table, even, out=np.ones_like(table), where=even > 0), nan=1.0)
   width, height = _LABEL + _CELL * table.shape[1], 18 + _CELL * len(rows)
   frame = svg.Frame(width, height, 0, 0, 0, 0, (0, 1), (0, 1))
   cells = []
@@ -166,13 +173,12 @@ def _words(tops: Sequence[Sequence[Sequence[str]]]) -> str:
 
 
 def _pairs(found: AnalysisResults) -> str:
-  drawn = [
-    f"<figure><h3>layer {index}</h3>{_heat(table, [f'expert {i}' for i in range(len(table))])}"
-    "</figure>"
-    for index, table in enumerate(found.pairs)
-    if len(table) <= _MOST_EXPERTS
-  ]
-  return "".join(drawn) or '<p class="missing">Too many experts to draw; see the CSV.</p>'
+  if len(found.pairs[0]) > _MOST_EXPERTS:
+    return f'<p class="missing">Drawn for up to {_MOST_EXPERTS} experts.</p>'
+  names = [f"expert {i}" for i in range(len(found.pairs[0]))]
+  # An expert's tokens always ask for itself.
+  others = [np.where(np.eye(len(table), dtype=bool), np.nan, table) for table in found.pairs]
+  return _figures("layer", others, names)
 
 
 def _changes(found: AnalysisResults) -> str:
@@ -203,7 +209,9 @@ def _losses(losses: Mapping[str, float]) -> str:
   rows = [f"<tr><th>{escape(own[0])}</th><td>{own[1]:.4f}</td><td></td><td></td></tr>"]
   for name, loss in changed:
     delta = loss - own[1]
-    bar = f'<div class="bar"><i style="width:{abs(delta) / worst:.1%}"></i></div>'
+    colour = "var(--c2)" if delta > 0 else "var(--c1)"
+    style = f"width:{abs(delta) / worst:.1%};background:{colour}"
+    bar = f'<div class="bar"><i style="{style}"></i></div>'
     rows.append(
       f'<tr><th>{escape(name)}</th><td class="number">{loss:.4f}</td>'
       f'<td class="number">{delta:+.4f}</td><td style="width:40%">{bar}</td></tr>'
