@@ -73,8 +73,8 @@ def render(found: AnalysisResults) -> str:
     _section(
       "Who works together",
       _pairs(found),
-      "Of the tokens of a row's expert, the share that ask for the column's too, coloured around the"
-      " row's mean in the same way.",
+      "Of the tokens of a row's expert, the share that ask for the column's too, coloured around"
+      " the row's mean in the same way.",
     )
     if found.pairs
     else "",
