@@ -196,7 +196,10 @@ def _read_metrics(path: Path) -> tuple[tuple[dict, ...], bool]:
   if truncated:
     lines.pop()
   if not lines:
-    raise UserError(f"{path} holds no complete line, expected one JSON object for each logged step")
+    raise UserError(
+      f"{path} holds no complete line, expected one JSON object for each logged step; let the run"
+      " go on until it has logged one"
+    )
   rows = []
   for number, line in lines:
     row = _parse_row(line)

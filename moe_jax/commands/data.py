@@ -10,11 +10,15 @@ from moe_jax.data.builders import PreparedSource, prepare, verify
 from moe_jax.data.config import DataConfig
 from moe_jax.data.splits import Split
 from moe_jax.data.tokenizer_training import TokenizerKind, train_sentencepiece
+from moe_jax.training.config import experiment_from
 
 
 def prepare_data(args: SimpleNamespace) -> None:
   """Makes what is not there of a config's data set, and says what was met in it."""
-  data = prepare(_data_config(args), on_the_way=False)
+  config = _data_config(args)
+  if config.image is not None:
+    experiment_from(args.config.to_dict())  # Refuses a tower that could not read them.
+  data = prepare(config, on_the_way=False)
   for source in data.sources:
     print("\n".join(_lines(source)))
   print(f"fingerprint {data.fingerprint}")
@@ -67,7 +71,12 @@ def _lines(source: PreparedSource) -> Iterator[str]:
     "files of no known format, or hidden, not read": met.ignored_files,
   }
   yield from (f"  {count:,} {what}" for what, count in counts.items() if count)
-  if met.longer_than_context:
+  if met.longer_than_context and manifest.image is not None:
+    yield (
+      f"  {met.longer_than_context:,} texts are cut at the end of their record; longer records:"
+      " --config.data.sequence_length"
+    )
+  elif met.longer_than_context:
     yield (
       f"  {met.longer_than_context:,} documents are longer than a record and go on in the next one"
       " without what came before; longer records: --config.data.sequence_length"

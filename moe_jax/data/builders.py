@@ -198,7 +198,8 @@ def _find(
   The name has two digests. The first is of what was asked for; the second, of the documents, keeps
   a source that changed from reading what was made before.
   """
-  asked = dataclasses.asdict(dataclasses.replace(part, weight=1.0)) | {
+  asked = {
+    "source": dataclasses.asdict(dataclasses.replace(part, weight=1.0)),
     "tokenizer": tokenizer.digest,
     "sequence_length": config.sequence_length,
     "image": None if config.image is None else dataclasses.asdict(config.image),

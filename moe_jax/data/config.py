@@ -70,7 +70,8 @@ class DataConfig:
     for part in self.parts:
       if bool(part.image) != (self.image is not None):
         told = (
-          "names a field of images, and data.image is none: say there what becomes of them"
+          "names a field of images, and data.image is none: say in the config file what becomes of"
+          " them, as configs/imagenet.py does"
           if part.image
           else "names no field of images, and data.image is given: add the option image=FIELD"
         )

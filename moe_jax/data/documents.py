@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -32,8 +33,8 @@ class Source(Protocol):
   size: int
   ignored: int
 
-  def stretches(self, stream: int) -> Iterator[Stretch]:
-    """Yields the documents of a stream."""
+  def stretches(self, stream: int, first: int = 0) -> Iterator[Stretch]:
+    """Yields the documents of a stream, from its `first` stretch on."""
 
   def offset(self, stream: int) -> int:
     """Returns where a stream begins, in the unit of `size`."""
@@ -59,10 +60,11 @@ class CorpusSource:
     """That of the corpus."""
     return self.corpus.digest
 
-  def stretches(self, stream: int) -> Iterator[Stretch]:
+  def stretches(self, stream: int, first: int = 0) -> Iterator[Stretch]:
     """Yields the documents of the corpus."""
     del stream
-    for number, document in enumerate(self.corpus.documents(), start=1):
+    documents = itertools.islice(self.corpus.documents(), first, None)
+    for number, document in enumerate(documents, start=first + 1):
       yield Stretch(document.text.encode(errors="surrogatepass"), True, True, number)
 
   def offset(self, stream: int) -> int:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import glob
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -55,9 +56,9 @@ class FileSource:
     """A file is a stream."""
     return len(self.files)
 
-  def stretches(self, stream: int) -> Iterator[Stretch]:
+  def stretches(self, stream: int, first: int = 0) -> Iterator[Stretch]:
     """Yields the documents of one file."""
-    return read_documents(self.files[stream], self.config)
+    return itertools.islice(read_documents(self.files[stream], self.config), first, None)
 
   def offset(self, stream: int) -> int:
     """Returns the bytes of all files before this one."""

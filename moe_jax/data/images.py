@@ -8,6 +8,7 @@ longer than what the image leaves of a record is cut there.
 
 import dataclasses
 import importlib.util
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from moe_jax.data.packing import FIELDS, PackingCounts, Piece, Record, SpecialId
 from moe_jax.errors import UserError
 
 _MODES = {1: "L", 3: "RGB"}  # Pillow's, by channels
+_DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,19 +53,26 @@ class ImageConfig:
 
 
 def read_image(path: Path) -> np.ndarray:
-  """Returns the image in a file, (rows, columns, 3) uint8.
+  """Returns the image in a file as it is shown, (rows, columns, 3) uint8, on white if transparent.
 
   Raises:
     UserError: there is none, or Pillow is not there.
   """
   check_pillow(str(path))
-  from PIL import Image
+  from PIL import Image, ImageOps
 
   try:
-    with Image.open(path) as picture:
-      return np.asarray(picture.convert("RGB"))
-  # The last two are of damaged PNGs, and of images that would fill the memory.
-  except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    with warnings.catch_warnings(), Image.open(path) as picture:
+      warnings.simplefilter("ignore")  # of odd colours, and of pixels by the hundred million
+      if picture.mode in _DEEP:
+        raise UserError(
+          f"{path} has more than 8 bits a channel (mode {picture.mode}); convert it to 8 first"
+        )
+      upright = ImageOps.exif_transpose(picture).convert("RGBA")
+      white = Image.new("RGBA", upright.size, "white")
+      return np.asarray(Image.alpha_composite(white, upright).convert("RGB"))
+  # The next two are of damaged PNGs, the last of images that would fill the memory.
+  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
     raise UserError(f"{path} cannot be read as an image ({error})") from error
 
 

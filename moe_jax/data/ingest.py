@@ -9,12 +9,13 @@ is what an undisturbed one writes, byte for byte.
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from moe_jax.config.schema import dataclass_from, to_mapping
 from moe_jax.data.documents import Source
@@ -111,8 +112,7 @@ class Ingest:
     place, batch, size = self._place, [], 0
     while place.stream < self._source.streams:
       offset = self._source.offset(place.stream)
-      stretches = self._source.stretches(place.stream)
-      for stretch in itertools.islice(stretches, place.stretch, None):
+      for stretch in self._source.stretches(place.stream, place.stretch):
         split = self._split_of(stretch)
         place.stretch += 1
         if split is None:
@@ -167,6 +167,8 @@ class Ingest:
     tokens = self._tokenizer.encode_batch([stretch.text for stretch, _ in batch])
     pieces: dict[Split, list[Piece]] = {split: [] for split in Split}
     for (stretch, split), ids in zip(batch, tokens, strict=True):
+      if self._image is not None:
+        stretch = self._cut(stretch, split, ids)
       pieces[split].append(Piece(ids, stretch.first, stretch.last, stretch.image))
       self._keep_text(split, stretch)
       self._place.open_tokens = len(ids) + (0 if stretch.first else self._place.open_tokens)
@@ -176,6 +178,15 @@ class Ingest:
     for split, some in pieces.items():
       if some:
         self._write(split, self._packers[split].add(some))
+
+  def _cut(self, stretch: Stretch, split: Split, ids: np.ndarray) -> Stretch:
+    """Leaves out of the text beside an image, and of its bytes, what no record holds."""
+    kept = self._packers[split].room + 1  # The last one is a target alone.
+    if len(ids) <= kept:
+      return stretch
+    text = self._tokenizer.decode(ids[:kept]).encode()
+    self._text_bytes[split] += len(text) - len(stretch.text)
+    return stretch._replace(text=text)
 
   def _keep_text(self, split: Split, stretch: Stretch) -> None:
     file = self._texts[split]

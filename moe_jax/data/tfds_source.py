@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import importlib.util
 import io
+import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -72,10 +73,10 @@ class TfdsSource:
     """Returns the records of all splits before this one."""
     return sum(len(reader) for reader in self._readers[:stream])
 
-  def stretches(self, stream: int) -> Iterator[Stretch]:
+  def stretches(self, stream: int, first: int = 0) -> Iterator[Stretch]:
     """Yields the documents of one split."""
     place = f"{self.config.name}, split {self._splits[stream]!r}"
-    for number, entry in _numbered(self._readers[stream].entries(), place):
+    for number, entry in _numbered(self._readers[stream].entries(first), first, place):
       where = f"{place}, record {number}"
       text = text_of(self._plain(entry), self.config.text, where)
       image = _image_of(entry, self.config.image, where) if self.config.image else None
@@ -106,8 +107,8 @@ class _RandomAccess:
   def __len__(self) -> int:
     return len(self.source)
 
-  def entries(self) -> Iterator[Any]:
-    return map(self.source.__getitem__, range(len(self.source)))
+  def entries(self, first: int) -> Iterator[Any]:
+    return map(self.source.__getitem__, range(first, len(self.source)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,12 +121,16 @@ class _Sequential:
   def __len__(self) -> int:
     return self.builder.info.splits[self.split].num_examples
 
-  def entries(self) -> Iterator[Any]:
-    decode = self.builder.info.features.deserialize_example_np
+  def entries(self, first: int) -> Iterator[Any]:
+    return map(self._decode, itertools.islice(self._records(), first, None))
+
+  def _records(self) -> Iterator[bytes]:
     for path in map(os.fspath, self.builder.info.splits[self.split].filepaths):
       size = os.stat(path).st_size if "://" not in path else 2**62
-      for record, _ in tfrecords(InputFile(path, path, size)):
-        yield decode(record)
+      yield from (record for record, _ in tfrecords(InputFile(path, path, size)))
+
+  def _decode(self, record: bytes) -> Any:
+    return self.builder.info.features.deserialize_example_np(record)
 
 
 _Split = _RandomAccess | _Sequential
@@ -217,14 +222,14 @@ def _missing(builder: Any) -> MissingSourceError:
   )
 
 
-def _numbered(entries: Iterator[Any], place: str) -> Iterator[tuple[int, Any]]:
-  """Yields entries with their numbers, from 1."""
-  number = 0
+def _numbered(entries: Iterator[Any], first: int, place: str) -> Iterator[tuple[int, Any]]:
+  """Yields entries behind the first ones with their numbers, from 1 over all."""
+  number = first
   try:
-    for number, entry in enumerate(entries, start=1):
+    for number, entry in enumerate(entries, start=first + 1):
       yield number, entry
-  # Of Pillow, which raises the second of a damaged PNG.
-  except (OSError, SyntaxError) as error:
+  # Of Pillow, which raises the last two of damaged PNGs.
+  except (OSError, SyntaxError, ValueError) as error:
     raise UserError(
       f"{place}, record {number + 1} cannot be read ({error}); write the data set again."
     ) from error

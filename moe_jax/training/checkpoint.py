@@ -14,7 +14,6 @@ it. Before a restore each process reads an equal part of the files.
 
 import contextlib
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,6 +36,7 @@ from moe_jax.training.step_folders import (
   FOLDER,
   checkpoints_of,
   find_step,
+  put_in_place,
   remove_leftovers,
   remove_step,
   saved_steps,
@@ -205,7 +205,7 @@ class Checkpoints:
         " make room or mend the place, and start the same command again"
       ) from error
 
-  def _commit(self, draft: Path, final: Path) -> None:
+  def _commit(self, draft: Path) -> None:
     """Completes the folder of a step and gives it its name; called once all arrays are in it."""
     saving = self._saving
     leaves = {
@@ -214,8 +214,7 @@ class Checkpoints:
     }
     write_manifest(draft, step=saving.step, saved=saving.saved, metric=saving.metric, leaves=leaves)
     sync_folder(draft)
-    os.rename(draft, final)
-    sync_folder(self.folder)
+    put_in_place(draft, self.folder / str(saving.step))
     self._prune(saving.step)
 
   def _prune(self, newest: int) -> None:

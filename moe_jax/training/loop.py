@@ -194,6 +194,8 @@ class _Training:
           row = as_missing(row)
         else:
           check_finite(step, row)
+        # Before the evaluation, which tells them nothing, and may be left to another process.
+        self._answer_alarms(self._alarms.read(row))
         try:
           row = self._log(row)
         except InterruptedEvaluation:
@@ -269,7 +271,7 @@ class _Training:
     )
 
   def _log(self, row: Row) -> Row:
-    """Writes the row of a step with what is evaluated at it, and says what they give cause to.
+    """Writes the row of a step with what is evaluated at it.
 
     Raises:
       InterruptedEvaluation: the run was told to end; the row is owed.
@@ -283,7 +285,6 @@ class _Training:
       check_finite(self.step, found)
       row = row | found
     self._outputs.row(row)
-    self._answer_alarms(self._alarms.read(row))
     return row
 
   def _answer_alarms(self, events: list[Event]) -> None:

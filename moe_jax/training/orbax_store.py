@@ -23,9 +23,10 @@ from moe_jax.errors import UserError
 
 # The names of folders that a save leaves if it is cut short.
 UNFINISHED = "*.orbax-checkpoint-tmp*"
+_AGAIN = ".again"
 _REASON_LENGTH = 200
 
-Commit = Callable[[Path, Path], None]
+Commit = Callable[[Path], None]
 
 
 class Store:
@@ -35,15 +36,17 @@ class Store:
     """Prepares to write.
 
     Args:
-      commit: called in the background in the first process with (draft, final) when everything is
-        in the folder `draft`; it has to rename it to `final`. Waiting includes it.
+      commit: called in the background in the first process when everything is in the folder that
+        it is given; it has to rename that to the step's. Waiting includes it.
     """
     self._orbax = ocp.AsyncCheckpointer(_handler(), temporary_path_class=_committing_by(commit))
 
   def save(self, folder: Path, state: Any, data: Mapping[str, Any]) -> None:
     """Starts to write a step, in place of what is there; returns once the state is copied."""
     items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data))
-    self._orbax.save(folder, args=items, force=True)
+    # Orbax would remove a folder of that name before it has written the new one.
+    free = folder.with_name(folder.name + _AGAIN) if folder.exists() else folder
+    self._orbax.save(free, args=items, force=True)
 
   def wait(self) -> None:
     """Returns when the last step is written.
@@ -126,7 +129,7 @@ def _handler() -> ocp.CompositeCheckpointHandler:
 
 
 def _committing_by(commit: Commit) -> type:
-  """Returns orbax's temporary folder, but for its end: `commit(draft, final)` has to rename it.
+  """Returns orbax's temporary folder, but for its end: `commit(draft)` has to rename it.
 
   Orbax would rename it before anything could be said of the files in it.
   """
@@ -137,7 +140,7 @@ def _committing_by(commit: Commit) -> type:
       # would miss the folder, or the manifest.
       if self._checkpoint_metadata_store:
         await asyncio.to_thread(self._checkpoint_metadata_store.wait_until_finished)
-      commit(Path(self.get()), Path(self.get_final()))
+      commit(Path(self.get()))
 
   return Draft
 

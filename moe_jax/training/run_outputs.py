@@ -111,7 +111,8 @@ class Clock:
 
   def restart(self, step: int) -> None:
     """Leaves the time since the last row, spent on evaluation, out of the next interval."""
-    self._step, self._time = step, time.monotonic()
+    if self._step is not None:
+      self._step, self._time = step, time.monotonic()
 
 
 def is_due(step: int, every: int, last: int) -> bool:

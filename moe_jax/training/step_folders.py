@@ -10,7 +10,7 @@ from moe_jax.training.orbax_store import UNFINISHED
 
 FOLDER = "checkpoints"
 _STEP_NAME = re.compile("0|[1-9][0-9]*")
-_REMOVED = ".removed"
+_REMOVED, _REPLACED = ".removed", ".replaced"
 # What a kill leaves: of writing, and of removing.
 _LEFTOVERS = (UNFINISHED, f"*{_REMOVED}")
 
@@ -58,8 +58,24 @@ def remove_step(folder: Path) -> None:
   shutil.rmtree(doomed, ignore_errors=True)
 
 
+def put_in_place(draft: Path, final: Path) -> None:
+  """Gives a complete folder its name, in place of one that has it: a kill leaves one of the two."""
+  before = final.with_name(final.name + _REPLACED)
+  if final.exists():
+    os.rename(final, before)
+  os.rename(draft, final)
+  sync_folder(final.parent)
+  shutil.rmtree(before, ignore_errors=True)
+
+
 def remove_leftovers(folder: Path) -> None:
   """Removes what a kill has left in a folder of checkpoints; only the run's own process may."""
+  for before in folder.glob(f"*{_REPLACED}"):
+    final = before.with_name(before.name.removesuffix(_REPLACED))
+    if final.exists():
+      shutil.rmtree(before, ignore_errors=True)
+    else:
+      os.rename(before, final)
   for pattern in _LEFTOVERS:
     for path in folder.glob(pattern):
       shutil.rmtree(path, ignore_errors=True)

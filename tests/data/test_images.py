@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from data.shapes import COLOURS, Shapes, square
+from PIL import Image
 
 from moe_jax.config.load import load_config
 from moe_jax.data.builders import prepare
@@ -96,6 +97,24 @@ def test_a_data_set_of_images_is_prepared(shapes):
   assert prepare(other, on_the_way=False).fingerprint != data.fingerprint
 
 
+def test_another_field_of_images_is_another_data_set(shapes):
+  image = ImageConfig(size=8, tokens=4, token=259)
+  fields = dict(sequence_length=12, image=image, data_dir=str(shapes))
+  prepare(DataConfig(sources=(SOURCE,), **fields), on_the_way=False)
+  with pytest.raises(UserError, match="has no field 'imgae'; did you mean image"):
+    prepare(DataConfig(sources=(SOURCE.replace("=image", "=imgae"),), **fields), on_the_way=False)
+
+
+def test_texts_that_are_cut_count_with_what_is_left_of_them(shapes):
+  image = ImageConfig(size=8, tokens=4, token=259)
+  config = DataConfig(sources=(SOURCE,), sequence_length=6, image=image, data_dir=str(shapes))
+  data = prepare(config, on_the_way=False)
+  # Two letters of each name: one is read, and the other predicted from it.
+  assert data.heldout_bytes == data.heldout_targets == 2 * len(data.heldout)
+  assert data.heldout_text.split() == [COLOURS[i % 3][:2].encode() for i in range(6)]
+  assert data.sources[0].manifest.met.longer_than_context == 30
+
+
 def test_an_image_without_a_label_is_left_out(shapes):
   source = SOURCE.replace("heldout=validation", "split=validation,heldout=unlabelled")
   image = ImageConfig(size=8, tokens=4, token=259)
@@ -141,6 +160,19 @@ def test_an_image_that_is_damaged_is_named(shapes, monkeypatch):
   image = ImageConfig(size=8, tokens=4, token=259)
   with pytest.raises(UserError, match="split 'validation', record 1 cannot be read"):
     prepare(DataConfig(sources=(SOURCE,), sequence_length=12, image=image), on_the_way=False)
+
+
+def test_a_file_is_read_as_it_is_shown(tmp_path):
+  exif = Image.Exif()
+  exif[0x0112] = 6  # lies on its side
+  Image.fromarray(np.zeros((4, 9, 3), np.uint8)).save(tmp_path / "side.jpg", exif=exif)
+  assert read_image(tmp_path / "side.jpg").shape == (9, 4, 3)
+  clear = np.zeros((2, 2, 4), np.uint8)
+  Image.fromarray(clear).save(tmp_path / "clear.png")
+  np.testing.assert_array_equal(read_image(tmp_path / "clear.png"), 255)
+  Image.fromarray(np.zeros((2, 2), np.uint16)).save(tmp_path / "deep.png")
+  with pytest.raises(UserError, match="more than 8 bits a channel"):
+    read_image(tmp_path / "deep.png")
 
 
 def test_a_file_that_is_no_image_is_named(tmp_path):

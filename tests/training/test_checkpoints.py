@@ -17,7 +17,7 @@ from moe_jax.training.checkpoint import Checkpoints, restore_model
 from moe_jax.training.config import CheckpointConfig
 from moe_jax.training.manifest import read_manifest
 from moe_jax.training.retention import steps_to_keep
-from moe_jax.training.step_folders import saved_steps
+from moe_jax.training.step_folders import remove_leftovers, saved_steps
 
 
 def steps_of(workdir) -> list[int]:
@@ -135,3 +135,14 @@ def test_another_shape_dtype_or_array_is_refused_and_not_walked_back_from(
 def test_the_best_need_an_evaluation_at_each_checkpoint():
   with pytest.raises(UserError, match="keep_best = 1 needs .* set eval.every = 4"):
     tiny.experiment(checkpoint__keep_best=1, checkpoint__every=4, eval__every=3)
+
+
+def test_a_kill_while_a_step_is_replaced_leaves_one_of_the_two(tmp_path):
+  for name, mark in (("3.replaced", "old"), ("5", "new"), ("5.replaced", "old")):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "mark").write_text(mark)
+  remove_leftovers(tmp_path)
+  assert {path.name: (path / "mark").read_text() for path in tmp_path.iterdir()} == {
+    "3": "old",
+    "5": "new",
+  }

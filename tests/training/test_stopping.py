@@ -20,6 +20,7 @@ from moe_jax.data.shards import Records
 from moe_jax.errors import EXIT_AGAIN, EXIT_HUNG, StoppedRun, UserError
 from moe_jax.training import loop
 from moe_jax.training.append_only import LineFile
+from moe_jax.training.checkpoint import Checkpoints
 from moe_jax.training.evaluate import InterruptedEvaluation
 from moe_jax.training.events import EventLog, read_events
 from moe_jax.training.goodput import Activity, account, read_goodput
@@ -138,6 +139,47 @@ def test_a_signal_in_an_evaluation_leaves_its_row_to_the_next_start(step, tmp_pa
   for folder in (run, other):
     kept = saved_steps(folder / "checkpoints")
     assert [read_manifest(folder / "checkpoints" / str(s)).metric for s in kept] == [1.0, 1.0]
+
+
+def test_paying_goes_over_the_only_checkpoint_without_a_moment_without_one(tmp_path, monkeypatch):
+  chosen = SMALL | dict(eval__every=3, checkpoint__every=3, checkpoint__keep=1)
+  config, run = tiny.experiment(**chosen), tmp_path / "run"
+  data = prepare(config.data)
+  run.mkdir()
+  with monkeypatch.context() as patch:
+    interrupt_evaluation(patch, 3)
+    with pytest.raises(StoppedRun):
+      run_steps(config, data, run)
+  seen, commit = [], Checkpoints._commit
+
+  def looking(self, draft):
+    seen.append(saved_steps(run / "checkpoints"))
+    commit(self, draft)
+
+  monkeypatch.setattr(Checkpoints, "_commit", looking)
+  run_steps(config, data, run)
+  assert seen == [[3], [3]] and saved_steps(run / "checkpoints") == [6]
+
+
+def test_alarms_of_a_step_are_told_once_though_its_evaluation_is_interrupted(tmp_path, monkeypatch):
+  chosen = dict(eval__every=1, checkpoint__every=100, model__segments=(("attention:moe", 1),))
+  chosen |= dict(faults__collapse_violation=0.01, faults__collapse_rows=1, steps=2)
+  config, run = tiny.experiment(**chosen), tmp_path / "run"
+  data = prepare(config.data)
+  run.mkdir()
+  with monkeypatch.context() as patch:
+    interrupt_evaluation(patch, 1)
+    with pytest.raises(StoppedRun):
+      run_steps(config, data, run)
+  # A start that pays and is killed before it saves again, and one that goes on.
+  with monkeypatch.context() as patch:
+    patch.setattr(loop._Training, "_train", lambda self: (_ for _ in ()).throw(RuntimeError))
+    with pytest.raises(RuntimeError):
+      run_steps(config, data, run)
+  run_steps(config, data, run)
+  told = [event["step"] for event in read_events(run) if event["event"] == "expert_collapse"]
+  assert told == [1]
+  assert [row["step"] for row in rows(run)] == [1, 2]
 
 
 def test_surgery_waits_for_a_row_that_is_owed(tmp_path, monkeypatch, capsys):
