@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from moe_jax.analysis import svg
-from moe_jax.analysis.page import page
+from moe_jax.analysis.page import page, plain_section, table
 from moe_jax.analysis.routing_measures import MEANINGS, Measure
 from moe_jax.analysis.text import escape, percent, significant
 
@@ -53,24 +53,24 @@ def render(found: AnalysisResults) -> str:
     f'<header><p class="kicker">moe_jax analysis</p><h1>{escape(title)}</h1>'
     f'<p class="subtitle">Step {found.step:,}; {found.tokens:,} held-out tokens of'
     f" {escape(domains)}; dropless.</p></header>",
-    _section(
+    plain_section(
       "Measures",
       _table_of_measures(found),
       "Behind each measure, in grey, what a router that ignores its input would show of as many"
       " tokens.",
     ),
-    _section(
+    plain_section(
       "Who reads what",
       _figures("layer", found.shares, found.domains),
       "Rows are texts, columns experts. Clear is an even share of the text's tokens, full colour"
       " twice as much or nothing: vermillion above, blue below.",
     ),
-    _section(
+    plain_section(
       "Words of the experts",
       _words(found.tops),
       "Tokens that set each expert apart, the most telling first. ␣ is a space, \\n a line break.",
     ),
-    _section(
+    plain_section(
       "Who works together",
       _pairs(found),
       "Of the tokens of a row's expert, the share that ask for the column's too, coloured around"
@@ -78,8 +78,8 @@ def render(found: AnalysisResults) -> str:
     )
     if found.pairs
     else "",
-    _section("Over training", _changes(found), "") if _changes(found) else "",
-    _section(
+    plain_section("Over training", changes) if (changes := _changes(found)) else "",
+    plain_section(
       "What it is worth",
       _losses(found.losses),
       "Held-out loss when routing is changed at evaluation, without training anew: above the model"
@@ -89,14 +89,8 @@ def render(found: AnalysisResults) -> str:
   return page(title, "\n".join(filter(None, parts)))
 
 
-def _section(title: str, body: str, caption: str) -> str:
-  below = f'<p class="caption">{escape(caption)}</p>' if caption else ""
-  return f"<section><h2>{escape(title)}</h2>{body}{below}</section>"
-
-
 def _table_of_measures(found: AnalysisResults) -> str:
   layers = range(len(found.shares))
-  head = "".join(f"<th>{name}</th>" for name in ("", *(f"layer {i}" for i in layers)))
   rows = []
   for name, meaning in MEANINGS.items():
     own = {m.layer: m for m in found.measures if m.name == name and m.step is None}
@@ -108,10 +102,7 @@ def _table_of_measures(found: AnalysisResults) -> str:
     words = escape(name.replace("_", " "))
     about = f'<small style="margin:0">{escape(meaning)}</small>'
     rows.append(f"<tr><th>{words}<br>{about}</th>{cells}</tr>")
-  return (
-    f'<div class="scroll"><table class="runs"><thead><tr>{head}</tr></thead>'
-    f"<tbody>{''.join(rows)}</tbody></table></div>"
-  )
+  return table(["", *(f"layer {layer}" for layer in layers)], rows)
 
 
 def _value(measure: Measure | None) -> str:
@@ -123,18 +114,18 @@ def _value(measure: Measure | None) -> str:
 
 def _figures(name: str, tables: Sequence[np.ndarray], rows: Sequence[str]) -> str:
   drawn = [
-    f"<figure><h3>{name} {index}</h3>{_heat(table, rows)}</figure>"
-    for index, table in enumerate(tables)
+    f"<figure><h3>{name} {index}</h3>{_heat(shares, rows)}</figure>"
+    for index, shares in enumerate(tables)
   ]
   return "".join(drawn)
 
 
-def _heat(table: np.ndarray, rows: Sequence[str]) -> str:
+def _heat(shares: np.ndarray, rows: Sequence[str]) -> str:
   """Draws rows of shares around their mean; what is NaN stays clear."""
-  table = table[:, :_MOST_EXPERTS]
-  even = np.nanmean(table, axis=1, keepdims=True)
-  ratios = np.nan_to_num(np.divide(table, even, out=np.ones_like(table), where=even > 0), nan=1.0)
-  width, height = _LABEL + _CELL * table.shape[1], 18 + _CELL * len(rows)
+  shares = shares[:, :_MOST_EXPERTS]
+  even = np.nanmean(shares, axis=1, keepdims=True)
+  ratios = np.nan_to_num(np.divide(shares, even, out=np.ones_like(shares), where=even > 0), nan=1.0)
+  width, height = _LABEL + _CELL * shares.shape[1], 18 + _CELL * len(rows)
   frame = svg.Frame(width, height, 0, 0, 0, 0, (0, 1), (0, 1))
   cells = []
   for y, (label, row) in enumerate(zip(rows, ratios, strict=True)):
@@ -177,7 +168,7 @@ def _pairs(found: AnalysisResults) -> str:
     return f'<p class="missing">Drawn for up to {_MOST_EXPERTS} experts.</p>'
   names = [f"expert {i}" for i in range(len(found.pairs[0]))]
   # An expert's tokens always ask for itself.
-  others = [np.where(np.eye(len(table), dtype=bool), np.nan, table) for table in found.pairs]
+  others = [np.where(np.eye(len(pairs), dtype=bool), np.nan, pairs) for pairs in found.pairs]
   return _figures("layer", others, names)
 
 
@@ -216,8 +207,4 @@ def _losses(losses: Mapping[str, float]) -> str:
       f'<tr><th>{escape(name)}</th><td class="number">{loss:.4f}</td>'
       f'<td class="number">{delta:+.4f}</td><td style="width:40%">{bar}</td></tr>'
     )
-  head = "".join(f"<th>{name}</th>" for name in ("", "nats per token", "difference", ""))
-  return (
-    f'<div class="scroll"><table class="runs"><thead><tr>{head}</tr></thead>'
-    f"<tbody>{''.join(rows)}</tbody></table></div>"
-  )
+  return table(("", "nats per token", "difference", ""), rows)

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 
@@ -31,6 +32,21 @@ def page(title: str, body: str) -> str:
 </body>
 </html>
 """
+
+
+def plain_section(title: str, body: str, caption: str = "") -> str:
+  """Returns a section of a page; `body` is HTML."""
+  below = f'<p class="caption">{escape(caption)}</p>' if caption else ""
+  return f"<section><h2>{escape(title)}</h2>{body}{below}</section>"
+
+
+def table(head: Iterable[str], rows: Iterable[str]) -> str:
+  """Returns a table that scrolls where it is too wide; rows are HTML, from <tr> on."""
+  names = "".join(f"<th>{escape(name)}</th>" for name in head)
+  return (
+    f'<div class="scroll"><table class="runs"><thead><tr>{names}</tr></thead>'
+    f"<tbody>{''.join(rows)}</tbody></table></div>"
+  )
 
 
 def write_whole(path: Path, text: str) -> None:

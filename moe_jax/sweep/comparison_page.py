@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from moe_jax.analysis.page import page, write_whole
+from moe_jax.analysis.page import page, plain_section, table, write_whole
 from moe_jax.analysis.text import compact, escape, fixed, percent
 from moe_jax.sweep.cards import Card
 from moe_jax.sweep.claims import Finding, expectation
@@ -31,10 +31,10 @@ def render(recipe: Recipe, cards: Mapping[str, Sequence[Card]], findings: Sequen
   parts = [
     f'<header><p class="kicker">moe_jax comparison</p><h1>{escape(recipe.title)}</h1>'
     f'<p class="subtitle">{escape(recipe.hypothesis)}</p></header>',
-    _section("Loss", draw_curves(cards), f"Mean over seeds and their range; {count}."),
-    _section("Arms", _arms(arm_rows(cards)), f"The best first. Matched by {recipe.matched}."),
-    _section("Claims", _claims(findings), "") if findings else "",
-    _section(
+    plain_section("Loss", draw_curves(cards), f"Mean over seeds and their range; {count}."),
+    plain_section("Arms", _arms(arm_rows(cards)), f"The best first. Matched by {recipe.matched}."),
+    plain_section("Claims", _claims(findings), "") if findings else "",
+    plain_section(
       "Where the tokens went",
       _loads(cards),
       "Share of the held-out tokens that each expert is asked for, the first seed's, by MoE layer;"
@@ -42,11 +42,6 @@ def render(recipe: Recipe, cards: Mapping[str, Sequence[Card]], findings: Sequen
     ),
   ]
   return page(recipe.title, "\n".join(filter(None, parts)))
-
-
-def _section(title: str, body: str, caption: str) -> str:
-  below = f'<p class="caption">{escape(caption)}</p>' if caption else ""
-  return f"<section><h2>{escape(title)}</h2>{body}{below}</section>"
 
 
 def _arms(rows: Sequence[ArmRow]) -> str:
@@ -79,16 +74,14 @@ def _claims(findings: Sequence[Finding]) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  names = "".join(f"<th>{escape(name)}</th>" for name in head)
-  lines = [
-    f"<tr><th>{escape(first)}</th>"
-    + "".join(f'<td class="number">{escape(cell)}</td>' for cell in rest)
-    + "</tr>"
-    for first, *rest in rows
-  ]
-  return (
-    f'<div class="scroll"><table class="runs"><thead><tr>{names}</tr></thead>'
-    f"<tbody>{''.join(lines)}</tbody></table></div>"
+  return table(
+    head,
+    (
+      f"<tr><th>{escape(first)}</th>"
+      + "".join(f'<td class="number">{escape(cell)}</td>' for cell in rest)
+      + "</tr>"
+      for first, *rest in rows
+    ),
   )
 
 
