@@ -112,6 +112,49 @@ class Rank:
 
 
 @dataclasses.dataclass(frozen=True)
+class Speedup:
+  """The tokens that one arm trains on, over those after which another is as good, seed by seed.
+
+  As good: at the other's last held-out loss, on the straight line between two evaluations. An arm
+  that never is as good counts as if it were at its end, so that the ratio is 1 at least; so does
+  one that is already at its first evaluation, at that evaluation.
+
+  Attributes:
+    arm: the faster one.
+    against: the arm whose last loss is to be reached.
+  """
+
+  arm: str
+  against: str
+
+  @property
+  def arms(self) -> tuple[str, ...]:
+    """The arms that are read."""
+    return (self.arm, self.against)
+
+  def values(self, cards: Mapping[str, Sequence[Card]]) -> list[float]:
+    """Returns the ratio of each seed."""
+    pairs = zip(cards[self.arm], cards[self.against], strict=True)
+    return [_steps(other)[-1] / self._reached(own, other) for own, other in pairs]
+
+  def noise(self, cards: Mapping[str, Sequence[Card]]) -> float:
+    """Returns 0: the interval says it all."""
+    del cards
+    return 0.0
+
+  def _reached(self, own: Card, other: Card) -> float:
+    """Returns the step at which `own` is as good as `other` at its end."""
+    wanted = other["curve"][-1][1]
+    # Interpolation needs increasing values: losses that fall, and never rise again.
+    best = np.minimum.accumulate([loss for _, loss in own["curve"]])
+    return float(np.interp(-wanted, -best, _steps(own)))
+
+
+def _steps(card: Card) -> list[float]:
+  return [step for step, _ in card["curve"]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Slope:
   """The slope of the logarithm of a metric over the logarithm of what sets arms apart, by seed.
 
@@ -140,7 +183,7 @@ class Slope:
     return 0.0
 
 
-Statistic = Contrast | Rank | Slope
+Statistic = Contrast | Rank | Slope | Speedup
 
 
 @dataclasses.dataclass(frozen=True)

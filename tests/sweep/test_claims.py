@@ -3,7 +3,7 @@
 import pytest
 
 from moe_jax.errors import UserError
-from moe_jax.sweep.claims import Claim, Contrast, Expects, Rank, Slope, Verdict, judge
+from moe_jax.sweep.claims import Claim, Contrast, Expects, Rank, Slope, Speedup, Verdict, judge
 
 BASE = (1.50, 1.51, 1.49)
 
@@ -124,3 +124,17 @@ def test_a_metric_that_cards_lack_is_named_with_the_nearest():
   statistic = Contrast("eval.lss", "a", "b")
   with pytest.raises(UserError, match="did you mean loss"):
     judge(_claim(Expects.ABOVE, statistic=statistic), _cards(a=BASE, b=BASE))
+
+
+def test_a_speedup_is_read_off_the_curves():
+  def card(*losses):
+    return {"curve": [[1000 * (i + 1), loss] for i, loss in enumerate(losses)]}
+
+  cards = {
+    "slow": [card(1.8, 1.6, 1.4, 1.2)] * 4,
+    # In the middle of two evaluations; never; at the first; and past a bump that does not count.
+    "fast": [card(1.5, 1.3, 1.1, 1.0), card(2.0, 1.9, 1.8, 1.7), card(1.1, 1.0, 0.9, 0.8)]
+    + [card(1.6, 1.25, 1.9, 1.15)],
+  }
+  expected = [4000 / 2500, 1.0, 4.0, 4000 / 3500]
+  assert Speedup("fast", "slow").values(cards) == pytest.approx(expected)

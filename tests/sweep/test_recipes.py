@@ -12,11 +12,12 @@ from moe_jax.sweep.recipe import Profile, load_recipe, with_point
 from moe_jax.training.config import experiment_from
 
 FILES = sorted((tiny.ROOT / "experiments").glob("*/config.py"))
-# Arms that cost more than the dense model by design: Soft MoE has a logit for every slot.
+# Arms that cost more than the others by design: Soft MoE has a logit for every slot.
 DEARER = {
   "switch_table1": ("top2_",),
   "capacity_top_n": ("top2_", "top3_"),
   "router_zoo": ("soft",),
+  "data_efficiency": ("tiny_",),
 }
 
 
