@@ -71,7 +71,7 @@ class Job:
     if not self.workdir.startswith("/") or len(PurePosixPath(self.workdir).parts) < 3:
       raise UserError(
         f"--workdir={self.workdir} is refused: expected a folder within the mounted claim, for"
-        " example /work/run"
+        " example /share/run"
       )
 
   @property

@@ -13,7 +13,7 @@ WORDS = [
   "--config.sharding.layout=ep_fsdp",
   "--config.model.segments=(('attention:moe',1),)",
 ]
-POD = ["--claim=share", "--workdir=/work/run"]
+POD = ["--claim=share", "--workdir=/share/run"]
 GOLDEN = {
   "jobset_v5p_two_spot_slices.yaml": (
     gke.main,
@@ -68,7 +68,7 @@ def test_xpk_gets_the_same_run(capsys):
   assert command[:3] == ["xpk", "workload", "create"]
   assert {"--tpu-type=v5p-128", "--num-slices=2", "--cluster=c"} <= set(command)
   inner = shlex.split(command[-1].removeprefix("--command="))
-  assert inner == ["moe-jax", "train", "--workdir=/work/run", *WORDS]
+  assert inner == ["moe-jax", "train", "--workdir=/share/run", *WORDS]
 
 
 def test_slurm_submits_a_name_once(tmp_path, monkeypatch, capsys):
@@ -98,7 +98,7 @@ X, FILE = ("--", "x"), "--file=/dev/null/job"
     (gke.main, ["yaml", "--name=small"], "--accelerator"),
     (gke.main, ["yaml", "--name=Small", "--accelerator=v6e-8"], "--image"),
     (gke.main, ["apply", "--name=small"], "--help"),
-    (gke.main, ["yaml", *GOLDEN["jobset_v6e_one_host.yaml"][1][1:5], "--workdir=/w/", *X], "/work"),
+    (gke.main, ["yaml", *GOLDEN["jobset_v6e_one_host.yaml"][1][1:5], "--workdir=/w/", *X], "/share"),
     (gke.main, ["create", *GOLDEN["jobset_v6e_one_host.yaml"][1][1:6], FILE, *X], "--file=PATH"),
     (gke.main, ["yaml", "--name=a", "--", "--workdir=/b"], "before"),
     (slurm.main, ["script", "--name=a", "--workdir=/w"], "--config"),
