@@ -2,39 +2,24 @@
 
 import csv
 import dataclasses
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import jax
-import numpy as np
 from flax import nnx
 
 from moe_jax.analysis.analysis_page import AnalysisResults, render
 from moe_jax.analysis.interventions import interventions
 from moe_jax.analysis.page import write_whole
-from moe_jax.analysis.replay import join_traces
-from moe_jax.analysis.router_metrics.similarity import weight_similarity
 from moe_jax.analysis.routing import ExpertTokenCounts
-from moe_jax.analysis.routing_measures import (
-  Domains,
-  Measure,
-  coactivation_table,
-  domain_shares,
-  measure_changes,
-  measure_routing,
-)
-from moe_jax.analysis.routing_trace import RoutingTrace, record_routing
+from moe_jax.analysis.routing_measures import Measure, coactivation_table, domain_shares
+from moe_jax.analysis.routing_recorder import RoutingRecorder, measure_checkpoints
+from moe_jax.analysis.routing_trace import RoutingTrace
 from moe_jax.analysis.text import visible_token
 from moe_jax.data.builders import PreparedData, prepare
 from moe_jax.data.config import DataConfig
-from moe_jax.data.loader import eval_batches
 from moe_jax.errors import UserError
-from moe_jax.models import ModelConfig
-from moe_jax.models.moe_stacks import moe_stacks
-from moe_jax.models.run_batch import run_batch
 from moe_jax.training.config import ExperimentConfig
 from moe_jax.training.evaluate import Evaluator
 from moe_jax.training.saved_run import load_run
@@ -61,7 +46,8 @@ def analyze(args: SimpleNamespace) -> None:
   _make_folder(out)
   earlier = [other for other in saved_steps(workdir / FOLDER) if other < step]
   models = [load_run(workdir, other)[1:] for other in earlier] + [(step, model)]
-  recorder = _Recorder(config, texts, args.batches)
+  graph = model_graph(config.model.dropless())
+  recorder = RoutingRecorder(graph, texts, config.batch_size, args.batches)
   traces = [recorder.trace(variables, at, workdir.name) for at, variables in models]
   found = _results(config, traces, recorder, model)
   found = dataclasses.replace(found, losses=_losses(config, model))
@@ -109,81 +95,25 @@ def _make_folder(out: Path) -> None:
     raise UserError(f"{out} cannot be made ({error.strerror}); give another --out") from error
 
 
-class _Recorder:
-  """Routes the same tokens with several checkpoints of one model.
-
-  Attributes:
-    domains: of the rows of every trace.
-  """
-
-  def __init__(self, config: ExperimentConfig, texts: Mapping[str, PreparedData], count: int):
-    self._batches, rows = [], []
-    for index, data in enumerate(texts.values()):
-      batches = eval_batches(data.heldout, config.batch_size)
-      mine = list(itertools.islice(batches, count))
-      self._batches += mine
-      rows += [index] * (config.batch_size * len(mine))
-    self.domains = Domains(tuple(texts), np.array(rows))
-    self.tokenizer = next(iter(texts.values())).tokenizer
-    self.confidence: list[float] = []
-    graph = model_graph(config.model.dropless())
-
-    @jax.jit
-    def plans_of(model, batch):
-      return run_batch(nnx.merge(graph, model), batch)[1].plans
-
-    self._plans_of = plans_of
-
-  def trace(self, model: nnx.State, step: int, run: str) -> RoutingTrace:
-    """Returns the routing of all batches; notes the confidence of the routers."""
-    traces, sums, tokens = [], 0.0, 0
-    for batch in self._batches:
-      plans = self._plans_of(model, batch)
-      masks = {"token_mask": batch["segment_ids"] > 0, "segment_ids": batch["segment_ids"]}
-      traces.append(record_routing(plans, batch["tokens"], run=run, step=step, **masks))
-      real = int(masks["token_mask"].sum())
-      sums += real * np.array([float(plan.metrics["router_confidence"]) for plan in plans])
-      tokens += real
-    self.confidence = (sums / max(tokens, 1)).tolist()
-    return join_traces(traces)
-
-
 def _results(
-  config: ExperimentConfig, traces: Sequence[RoutingTrace], recorder: _Recorder, model: nnx.State
+  config: ExperimentConfig,
+  traces: Sequence[RoutingTrace],
+  recorder: RoutingRecorder,
+  model: nnx.State,
 ) -> AnalysisResults:
   last, vocab_size = traces[-1], config.model.vocab_size
-  measures = measure_routing(last, recorder.domains, vocab_size)
-  for layer, value in enumerate(recorder.confidence):
-    floor = 1 / last.layers[layer].num_experts
-    measures.append(Measure("router_confidence", layer, value, floor))
-  measures += _similarities(config.model, model)
-  measures += measure_changes(traces)
   several = last.layers[0].expert.shape[-1] > 1
   return AnalysisResults(
     run=last.run,
     step=last.step,
     tokens=int(last.token_mask.sum()),
     domains=recorder.domains.names,
-    measures=measures,
+    measures=measure_checkpoints(config.model, recorder, traces, model),
     shares=[domain_shares(last, layer, recorder.domains) for layer in last.layers],
     pairs=[coactivation_table(layer) for layer in last.layers] if several else [],
     losses={},
     tops=_tops(last, vocab_size, recorder.tokenizer),
   )
-
-
-def _similarities(config: ModelConfig, model: nnx.State) -> list[Measure]:
-  flat, found = nnx.to_flat_state(model), []
-  number = len(config.moe_layers())
-  for stack in moe_stacks(config):
-    path = (*stack.path, "experts")
-    weights = [leaf[...] for name, leaf in flat if name[: len(path)] == path]
-    for repeat, layer in enumerate(stack.layers):
-      # No evaluation runs the experts of multi-token prediction.
-      if layer < number:
-        value = weight_similarity([array[repeat] for array in weights])
-        found.append(Measure("weight_similarity", layer, float(value), 0.0))
-  return sorted(found, key=lambda measure: measure.layer)
 
 
 def _tops(trace: RoutingTrace, vocab_size: int, tokenizer: Any) -> list[list[list[str]]]:

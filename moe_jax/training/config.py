@@ -46,6 +46,8 @@ class CheckpointConfig:
 
   Attributes:
     every: optimiser steps between them; the last step is always saved.
+    at: further steps that are saved, and stay, as early ones of a run whose routing is to be
+      followed.
     keep: so many of the newest stay.
     keep_every: steps that it divides stay too; 0 = none.
     keep_best: so many of the lowest held-out loss stay too, of those that were evaluated at their
@@ -53,6 +55,7 @@ class CheckpointConfig:
   """
 
   every: int = 500
+  at: tuple[int, ...] = ()
   keep: int = 2
   keep_every: int = 0
   keep_best: int = 0
@@ -60,6 +63,12 @@ class CheckpointConfig:
   def __post_init__(self):
     at_least(self, 1, "every", "keep")
     at_least(self, 0, "keep_every", "keep_best")
+    if any(type(step) is not int or step < 1 for step in self.at):
+      raise UserError(f"at = {self.at} is refused: expected steps, each at least 1, as (10, 100)")
+
+  def is_due(self, step: int, last: int) -> bool:
+    """Tells whether a step of a run of so many is saved."""
+    return step == last or step % self.every == 0 or step in self.at
 
 
 class RepairInit(enum.StrEnum):

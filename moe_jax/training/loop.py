@@ -184,7 +184,7 @@ class _Training:
     self._policy.watch(step, metrics.pop(FINITE))
     self._profiler.after(step, metrics)
     stopping = self._must_stop()
-    saving = stopping or is_due(step, config.checkpoint.every, config.steps)
+    saving = stopping or config.checkpoint.is_due(step, config.steps)
     row = {}
     if saving or is_logged(step, config):
       bad = self._answer_faults()
@@ -213,7 +213,7 @@ class _Training:
       row = self._log(self._owed)
     except InterruptedEvaluation:
       self._stop()
-    if is_due(self.step, self._config.checkpoint.every, self._config.steps):
+    if self._config.checkpoint.is_due(self.step, self._config.steps):
       self._save({}, row.get("eval_loss"))
 
   def go_back(self, fault: GoBack) -> None:

@@ -6,7 +6,7 @@ from moe_jax.training.config import CheckpointConfig
 
 
 def steps_to_keep(saved: Mapping[int, float | None], config: CheckpointConfig) -> set[int]:
-  """Returns the newest `keep` steps, the multiples of `keep_every`, the `keep_best` best ones.
+  """Returns the newest `keep` steps, the multiples of `keep_every`, those of `at`, the best.
 
   Args:
     saved: for each step its held-out loss, None if it was not evaluated.
@@ -17,4 +17,4 @@ def steps_to_keep(saved: Mapping[int, float | None], config: CheckpointConfig) -
   # Of equal losses the earlier step stays, as it would if the later one had never been saved.
   ranked = sorted((loss, step) for step, loss in saved.items() if loss is not None)
   best = [step for _, step in ranked[: config.keep_best]]
-  return {*newest, *periodic, *best}
+  return {*newest, *periodic, *best, *saved.keys() & set(config.at)}

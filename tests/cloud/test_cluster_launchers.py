@@ -98,7 +98,11 @@ X, FILE = ("--", "x"), "--file=/dev/null/job"
     (gke.main, ["yaml", "--name=small"], "--accelerator"),
     (gke.main, ["yaml", "--name=Small", "--accelerator=v6e-8"], "--image"),
     (gke.main, ["apply", "--name=small"], "--help"),
-    (gke.main, ["yaml", *GOLDEN["jobset_v6e_one_host.yaml"][1][1:5], "--workdir=/w/", *X], "/share"),
+    (
+      gke.main,
+      ["yaml", *GOLDEN["jobset_v6e_one_host.yaml"][1][1:5], "--workdir=/w/", *X],
+      "/share",
+    ),
     (gke.main, ["create", *GOLDEN["jobset_v6e_one_host.yaml"][1][1:6], FILE, *X], "--file=PATH"),
     (gke.main, ["yaml", "--name=a", "--", "--workdir=/b"], "before"),
     (slurm.main, ["script", "--name=a", "--workdir=/w"], "--config"),

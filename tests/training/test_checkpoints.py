@@ -31,6 +31,7 @@ def steps_of(workdir) -> list[int]:
     (dict(keep=1, keep_every=3), {3, 6}),
     (dict(keep=1, keep_best=2), {2, 4, 6}),
     (dict(keep=1, keep_every=5, keep_best=1), {2, 5, 6}),
+    (dict(keep=1, at=(3, 4, 9)), {3, 4, 6}),
     (dict(keep=9), {1, 2, 3, 4, 5, 6}),
   ],
 )
@@ -38,6 +39,17 @@ def test_the_policy_keeps_the_newest_the_periodic_and_the_best(policy, kept):
   # Step 2 is the best, then 4; step 5 was not evaluated.
   losses = {1: 3.0, 2: 1.0, 3: 2.5, 4: 2.0, 5: None, 6: 2.5}
   assert steps_to_keep(losses, CheckpointConfig(**policy)) == kept
+
+
+def test_saved_are_multiples_single_steps_and_the_last():
+  policy = CheckpointConfig(every=4, at=(1, 3, 20))
+  assert [step for step in range(1, 12) if policy.is_due(step, 11)] == [1, 3, 4, 8, 11]
+
+
+@pytest.mark.parametrize("at", [(0,), (10, -1), (2.5,), ("3",)])
+def test_a_single_step_that_is_none_is_refused(at):
+  with pytest.raises(UserError, match="expected steps, each at least 1"):
+    CheckpointConfig(at=at)
 
 
 def test_of_equal_losses_the_earlier_step_is_the_best():
