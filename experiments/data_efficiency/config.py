@@ -35,7 +35,7 @@ def get_recipe() -> Recipe:
       Claim(
         name="fewer_tokens",
         text="the dense model needs over 1.3 times the tokens that the sparse one does",
-        paper="olmoe2024_figure3",
+        paper="olmoe2024_figure4",
         statistic=Speedup("top1", "dense"),
         expects=Expects.ABOVE,
         bound=1.3,
@@ -43,7 +43,7 @@ def get_recipe() -> Recipe:
       Claim(
         name="fewer_tokens_when_larger",
         text="so does the larger dense model",
-        paper="olmoe2024_figure3",
+        paper="olmoe2024_figure4",
         statistic=Speedup("tiny_top1", "tiny_dense"),
         expects=Expects.ABOVE,
         bound=1.3,
