@@ -20,6 +20,10 @@ class UserError(ValueError):
   status = EXIT_USER
 
 
+class DivergedRun(UserError):
+  """A run whose loss or gradients are not finite, or spike, more often than its config allows."""
+
+
 class StoppedRun(UserError):
   """A run that was told to end: its last step is saved, and the same command goes on from there."""
 

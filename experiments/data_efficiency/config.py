@@ -13,7 +13,7 @@ def get_recipe() -> Recipe:
     title="Data efficiency: tokens to the dense model's loss, at two sizes",
     hypothesis=(
       "At equal active FLOPs a sparse model reaches the dense model's last loss with a third"
-      " of the tokens (OLMoE Figure 3), and its lead grows with the tokens (GLaM section 6)."
+      " of the tokens (OLMoE Figure 4), and its lead grows with the tokens (GLaM section 6)."
     ),
     scaled_down=(
       "8 experts; 8.2 million bytes; models of 0.13 and 0.9 million active parameters. The"

@@ -12,7 +12,7 @@ from moe_jax.sweep.cards import card_file
 from moe_jax.sweep.claims import Finding, expectation
 from moe_jax.sweep.comparison_page import write_comparison
 from moe_jax.sweep.recipe import Recipe, Run, load_recipe
-from moe_jax.sweep.results import ArmRow, arm_rows, cards_by_arm, findings
+from moe_jax.sweep.results import ArmRow, arm_rows, cards_by_arm, diverged_text, findings
 from moe_jax.sweep.running import finished_card, run_and_write, run_folder
 from moe_jax.sweep.statistics import Interval
 from moe_jax.sweep.workers import Job, command_of, run_jobs
@@ -95,7 +95,7 @@ def _print_runs(runs: list[Run], cards: Path) -> None:
   table = plain_table("run", "index", "steps", "card")
   for index, run in enumerate(runs):
     done = finished_card(run, cards) is not None
-    table.add_row(run.name, str(index), str(run.scale.steps), "there" if done else "")
+    table.add_row(run.name, str(index), str(run.steps), "there" if done else "")
   _console().print(table)
 
 
@@ -109,7 +109,7 @@ def _print_arms(recipe: Recipe, rows: list[ArmRow]) -> None:
       compact(row.parameters),
       compact(row.active),
       compact(row.flops_per_token),
-      _shown(row.loss),
+      ", ".join(filter(None, (row.loss and _shown(row.loss), diverged_text(row)))),
       "" if row.max_violation is None else f"{row.max_violation:.3f}",
       "" if row.dropped_fraction is None else f"{100 * row.dropped_fraction:.1f} %",
       f"{row.cpu_seconds:.0f}",
@@ -126,7 +126,8 @@ def _print_findings(recipe: Recipe, profile: str, found: list[Finding]) -> None:
     claim = finding.claim
     why = f" ({finding.why})" if finding.why else ""
     print(f"{finding.verdict}: {claim.text}{why}")
-    print(f"  measured {_shown(finding.measured)}, expected {expectation(claim)}")
+    if finding.measured is not None:
+      print(f"  measured {_shown(finding.measured)}, expected {expectation(claim)}")
 
 
 def _console() -> Console:

@@ -51,6 +51,7 @@ class MoEConfig:
     shared_combine: how the shared experts' output is added.
     router_jitter: multiplicative noise on the router's input in training.
     router_init: how the router's columns stand to each other at first.
+    router_dtype: of the router's product, float32 as every paper advises, or bfloat16 to see why.
     dispatch: how tokens travel; changes speed and memory, not results.
     grouped_kernel: what runs the experts of `ragged` dispatch; it belongs to that form alone.
   """
@@ -66,6 +67,7 @@ class MoEConfig:
   shared_combine: SharedCombine = SharedCombine.ADD
   router_jitter: float = 0.0
   router_init: RouterInit = RouterInit.NORMAL
+  router_dtype: str = "float32"
   dispatch: Dispatch = Dispatch.GATHER
   grouped_kernel: GroupedKernel = GroupedKernel.AUTO
 
@@ -83,6 +85,8 @@ class MoEConfig:
         f"grouped_kernel = {self.grouped_kernel} with dispatch = {self.dispatch} would not be"
         " used: set dispatch = ragged, or grouped_kernel = auto"
       )
+    if self.router_dtype not in ("float32", "bfloat16"):
+      raise UserError(f"router_dtype = {self.router_dtype!r} is not one of float32, bfloat16")
     for name in ("expert_dropout", "router_jitter"):
       if not 0.0 <= getattr(self, name) < 1.0:
         raise UserError(f"{name} = {getattr(self, name)} is refused: it must be in [0, 1)")
@@ -218,6 +222,7 @@ class MoELayer(nnx.Module):
       scale=init_scale,
       jitter=config.router_jitter,
       init=config.router_init,
+      dtype=config.router_dtype,
       vocab_size=vocab_size,
     )
     self.experts = Experts(

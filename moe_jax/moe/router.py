@@ -28,6 +28,9 @@ class RouterState(nnx.Variable):
 class Router(nnx.Module):
   """Router logits in float32, matmul included, whatever the activations' dtype; see `Projection`.
 
+  With `dtype` bfloat16 input, kernel and logits are rounded to it, as in a model that has all of
+  its arithmetic there (arXiv 2101.03961 Table 2); what is made of the logits stays float32.
+
   `jitter` multiplies the router's input alone by uniform noise in [1 - jitter, 1 + jitter] in
   training (Switch, arXiv 2101.03961 section 2.4). `init` orthogonal starts experts as far from
   each other as the width allows; `MoEConfig.check_width` tells whether it does.
@@ -56,9 +59,10 @@ class Router(nnx.Module):
     scale: float,
     jitter: float = 0.0,
     init: RouterInit = RouterInit.NORMAL,
+    dtype: str = "float32",
     vocab_size: int | None = None,
   ):
-    self.jitter = jitter
+    self.jitter, self.dtype = jitter, dtype
     shape, axes = (model_dim, config.num_logits), ("embed", "router")
     if init == RouterInit.ORTHOGONAL:
       orthogonal = jax.nn.initializers.orthogonal(scale**0.5)
@@ -93,18 +97,25 @@ class Router(nnx.Module):
     noise_std = None
     if hasattr(self, "noise_kernel"):
       # Softplus underflows to 0 for very negative inputs, and the load loss divides by it.
-      noise_std = jax.nn.softplus(_product(x, self.noise_kernel[...])) + 1e-2
+      noise_std = jax.nn.softplus(self._product(x, self.noise_kernel[...])) + 1e-2
     return self._project(x), noise_std
 
   def _project(self, x: jax.Array) -> jax.Array:
     match self.projection:
       case Projection.AFFINE:
-        return _product(x, self.kernel[...]) + self.logit_bias[...].reshape(1, 1, -1)
+        return self._product(x, self.kernel[...]) + self.logit_bias[...].reshape(1, 1, -1)
       case Projection.NORMALIZED:
         kernel = self.logit_scale[...] * l2_normalize(self.kernel[...], axis=0)
-        return _product(l2_normalize(x, axis=-1), kernel)
+        return self._product(l2_normalize(x, axis=-1), kernel)
       case _:
-        return _product(x, self.kernel[...])
+        return self._product(x, self.kernel[...])
+
+  def _product(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    # The default float32 product on TPU runs bfloat16 passes.
+    product = jnp.matmul(
+      x.astype(self.dtype), kernel.astype(self.dtype), precision=jax.lax.Precision.HIGHEST
+    )
+    return product.astype(jnp.float32)
 
 
 def l2_normalize(x: jax.Array, axis: int) -> jax.Array:
@@ -114,8 +125,3 @@ def l2_normalize(x: jax.Array, axis: int) -> jax.Array:
   padding may be, and its gradient finite.
   """
   return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=axis, keepdims=True) + 1e-6)
-
-
-def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  # The default float32 product on TPU runs bfloat16 passes.
-  return jnp.matmul(x, kernel, precision=jax.lax.Precision.HIGHEST)

@@ -14,6 +14,7 @@ from moe_jax.training.run_folder import identity, write_json
 
 Card = Mapping[str, Any]
 FORMAT = 1
+DIVERGED = "diverged"
 
 
 def card_file(folder: Path, arm: str, seed: int) -> Path:
@@ -51,6 +52,11 @@ def read_card(path: Path) -> Card:
     raise UserError(
       f"{path} is no card of a run ({type(error).__name__}: {error}); delete it to run it anew"
     ) from error
+
+
+def has_diverged(card: Card) -> bool:
+  """Tells whether a run diverged: its card has no losses."""
+  return bool(card.get(DIVERGED))
 
 
 def metric(card: Card, name: str) -> float:

@@ -12,7 +12,7 @@ import scipy.stats
 
 from moe_jax.choices import as_choice
 from moe_jax.errors import UserError
-from moe_jax.sweep.cards import Card, metric
+from moe_jax.sweep.cards import DIVERGED, Card, has_diverged, metric
 from moe_jax.sweep.statistics import (
   Interval,
   equivalence_interval,
@@ -187,6 +187,25 @@ Statistic = Contrast | Rank | Slope | Speedup
 
 
 @dataclasses.dataclass(frozen=True)
+class Requirement:
+  """What must have happened in some run, or else a claim cannot be tested.
+
+  Attributes:
+    metric: dotted path in a card; above 0 in the cards of the runs in which it happened.
+    arms: in any of whose runs it suffices.
+    unmet: why the claim cannot be tested where it happened in none, as "no run diverged".
+  """
+
+  metric: str
+  arms: tuple[str, ...]
+  unmet: str
+
+  def is_met(self, cards: Mapping[str, Sequence[Card]]) -> bool:
+    """Tells whether it happened."""
+    return any(metric(card, self.metric) > 0 for arm in self.arms for card in cards[arm])
+
+
+@dataclasses.dataclass(frozen=True)
 class Claim:
   """A sentence of a paper, and when it counts as reproduced.
 
@@ -198,7 +217,7 @@ class Claim:
     expects: what the paper says of it.
     bound: with `below` and `above`, of what (0 for the sign of a difference); with
       `no_difference`, the margin, positive.
-    not_testable: why this scale cannot decide it, as measured; empty = it can.
+    requires: without which this scale cannot decide it; None = nothing.
   """
 
   name: str
@@ -207,12 +226,18 @@ class Claim:
   expects: Expects
   bound: float = 0.0
   paper: str = ""
-  not_testable: str = ""
+  requires: Requirement | None = None
 
   def __post_init__(self):
     object.__setattr__(self, "expects", as_choice(Expects, "expects", self.expects))
     if self.expects == Expects.NO_DIFFERENCE and not self.bound > 0:
       raise UserError(f"claim {self.name}: bound = {self.bound} is no margin; expected above 0")
+
+  @property
+  def arms(self) -> tuple[str, ...]:
+    """The arms that must have run before it is judged."""
+    required = () if self.requires is None else self.requires.arms
+    return tuple(dict.fromkeys((*self.statistic.arms, *required)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,13 +247,13 @@ class Finding:
   Attributes:
     claim: that was judged.
     verdict: what became of it.
-    measured: the 95 % interval over seeds.
+    measured: the 95 % interval over seeds; None where a run that it reads has diverged.
     why: one sentence for a verdict that the numbers alone do not explain; may be empty.
   """
 
   claim: Claim
   verdict: Verdict
-  measured: Interval
+  measured: Interval | None
   why: str = ""
 
 
@@ -245,15 +270,25 @@ def judge(claim: Claim, cards: Mapping[str, Sequence[Card]]) -> Finding:
   A difference is reproduced if the 95 % interval of the paired differences lies on the claimed side
   of the bound, and its mean is at least twice the pooled standard deviation of seeds; "no
   difference" if the 90 % interval lies within the margin (two one-sided tests at 5 %). It
-  is not reproduced if the 95 % interval lies wholly on the other side, or outside the margin.
+  is not reproduced if the 95 % interval lies wholly on the other side, or outside the margin. A
+  run that diverged has no loss, and leaves claims about losses open.
   """
+  if lost := _diverged(claim, cards):
+    return Finding(claim, Verdict.INCONCLUSIVE, None, f"runs of {', '.join(lost)} diverged")
   values = claim.statistic.values(cards)
   measured = interval(values)
-  if claim.not_testable:
-    return Finding(claim, Verdict.NOT_TESTABLE, measured, claim.not_testable)
+  if claim.requires is not None and not claim.requires.is_met(cards):
+    return Finding(claim, Verdict.NOT_TESTABLE, measured, claim.requires.unmet)
   if claim.expects == Expects.NO_DIFFERENCE:
     return _judge_equality(claim, values, measured)
   return _judge_side(claim, values, measured, claim.statistic.noise(cards))
+
+
+def _diverged(claim: Claim, cards: Mapping[str, Sequence[Card]]) -> list[str]:
+  """Returns the arms of which a claim reads what their cards lack, as runs have diverged."""
+  if getattr(claim.statistic, "metric", None) == DIVERGED:
+    return []
+  return [arm for arm in claim.statistic.arms if any(map(has_diverged, cards[arm]))]
 
 
 def _judge_equality(claim: Claim, values: Sequence[float], measured: Interval) -> Finding:

@@ -1,5 +1,6 @@
 """One page that compares the arms of a recipe, for people who would rather look than read."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from moe_jax.sweep.cards import Card
 from moe_jax.sweep.claims import Finding, expectation
 from moe_jax.sweep.figures import draw_curves
 from moe_jax.sweep.recipe import Recipe
-from moe_jax.sweep.results import ArmRow, arm_rows
+from moe_jax.sweep.results import ArmRow, arm_rows, diverged_text
+from moe_jax.sweep.statistics import Interval
 
 PAGE = "comparison.html"
 _HEAD = ("arm", "held-out nats", "max violation", "dropped", "active", "total", "CPU s a run")
@@ -46,10 +48,9 @@ def render(recipe: Recipe, cards: Mapping[str, Sequence[Card]], findings: Sequen
 
 def _arms(rows: Sequence[ArmRow]) -> str:
   lines = []
-  for row in sorted(rows, key=lambda row: row.loss.mean):
-    spread = "" if row.loss.n < 2 else f" ± {fixed(row.loss.half_width, 4)}"
+  for row in sorted(rows, key=lambda row: math.inf if row.loss is None else row.loss.mean):
     cells = (
-      fixed(row.loss.mean, 4) + spread,
+      ", ".join(filter(None, (row.loss and _spread(row.loss), diverged_text(row)))),
       fixed(row.max_violation, 3),
       percent(row.dropped_fraction),
       compact(row.active),
@@ -60,12 +61,16 @@ def _arms(rows: Sequence[ArmRow]) -> str:
   return _table(_HEAD, lines)
 
 
+def _spread(value: Interval) -> str:
+  return fixed(value.mean, 4) + ("" if value.n < 2 else f" ± {fixed(value.half_width, 4)}")
+
+
 def _claims(findings: Sequence[Finding]) -> str:
   rows = [
     [
       finding.claim.text,
       expectation(finding.claim),
-      f"{fixed(finding.measured.mean, 4)} ± {fixed(finding.measured.half_width, 4)}",
+      "" if finding.measured is None else _spread(finding.measured),
       finding.verdict + (f" ({finding.why})" if finding.why else ""),
     ]
     for finding in findings

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from moe_jax.analysis import svg
-from moe_jax.sweep.cards import Card
+from moe_jax.sweep.cards import Card, has_diverged
 
 _COLORS = ("0072b2", "d55e00", "00805f", "b0558a", "3a9bd0", "b98000", "7a4fb5", "55585f")
 _DASHES = ("", "6 4", "1.5 4")
@@ -22,7 +22,8 @@ _SHOWN_FROM = 0.2
 
 def draw_curves(cards: Mapping[str, Sequence[Card]]) -> str:
   """Draws the held-out loss of each arm over its steps: the mean over seeds, and their range."""
-  curves = {arm: _curve(own) for arm, own in cards.items()}
+  complete = {arm: own for arm, own in cards.items() if not any(map(has_diverged, own))}
+  curves = {arm: _curve(own) for arm, own in complete.items()}
   shown = [curve[1:, curve[0] >= _SHOWN_FROM * curve[0, -1]] for curve in curves.values()]
   y_range = svg.padded_range(np.concatenate([part.ravel() for part in shown]).tolist())
   last = max(float(curve[0, -1]) for curve in curves.values())

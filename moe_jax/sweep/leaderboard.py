@@ -14,7 +14,7 @@ from moe_jax.sweep.claims import Claim, Finding, expectation, judge
 from moe_jax.sweep.figures import draw_curves
 from moe_jax.sweep.paper_values import PaperValue, read_paper_values
 from moe_jax.sweep.recipe import Profile, Recipe, load_recipe
-from moe_jax.sweep.results import ArmRow, arm_rows
+from moe_jax.sweep.results import ArmRow, arm_rows, diverged_text
 from moe_jax.sweep.running import finished_card
 from moe_jax.sweep.statistics import Interval
 
@@ -42,7 +42,7 @@ class Results:
 
   def finding(self, claim: Claim) -> Finding | None:
     """Returns what became of a claim; None if an arm it reads is not complete."""
-    there = self.cards.keys() >= set(claim.statistic.arms)
+    there = self.cards.keys() >= set(claim.arms)
     return judge(claim, self.cards) if there else None
 
 
@@ -150,7 +150,7 @@ def _claim_row(results: Results, claim: Claim, values: Mapping[str, PaperValue])
   finding = results.finding(claim)
   name = results.recipe.name
   cells = _own_claim_row(results, claim, values)
-  seeds = "" if finding is None else str(finding.measured.n)
+  seeds = "" if finding is None or finding.measured is None else str(finding.measured.n)
   return [f"[{name}]({name})", *cells[:4], seeds, cells[4], _commits(results, claim)]
 
 
@@ -158,7 +158,7 @@ def _own_claim_row(results: Results, claim: Claim, values: Mapping[str, PaperVal
   finding = results.finding(claim)
   ours, verdict = "", _NOT_RUN
   if finding is not None:
-    ours = _interval(finding.measured)
+    ours = "" if finding.measured is None else _interval(finding.measured)
     verdict = f"**{finding.verdict}**" + (f" ({finding.why})" if finding.why else "")
   return [claim.text, _paper(claim, values), expectation(claim), ours, verdict]
 
@@ -175,7 +175,7 @@ def _paper(claim: Claim, values: Mapping[str, PaperValue]) -> str:
 
 
 def _commits(results: Results, claim: Claim) -> str:
-  cards = [card for arm in claim.statistic.arms for card in results.cards.get(arm, ())]
+  cards = [card for arm in claim.arms for card in results.cards.get(arm, ())]
   return ", ".join(sorted({str(card["origin"]["commit"]) for card in cards}))
 
 
@@ -189,7 +189,7 @@ def _arm_row(row: ArmRow) -> list[str]:
     f"{row.parameters:,}",
     f"{row.active:,}",
     f"{row.flops_per_token:,.0f}",
-    _interval(row.loss),
+    ", ".join(filter(None, (row.loss and _interval(row.loss), diverged_text(row)))),
     "" if row.max_violation is None else f"{row.max_violation:.3f}",
     "" if row.dropped_fraction is None else f"{100 * row.dropped_fraction:.2f} %",
     f"{row.cpu_seconds:.0f}",

@@ -78,10 +78,7 @@ def heldout(
       "loss_at_capacity": at_capacity.loss,
       "dropped_fraction_at_capacity": at_capacity.dropped_fraction,
     }
-  alone = dataclasses.replace(config.data, corpus=DataConfig.corpus)
-  parts = {
-    name: prepare(dataclasses.replace(alone, sources=(source,))) for name, source in domains.items()
-  }
+  parts = domain_texts(config, domains)
   found["domains"] = {
     name: Evaluator(config, part).dropless(model).loss for name, part in parts.items()
   }
@@ -91,6 +88,14 @@ def heldout(
     }
     found["routing"] = _routing(config, model, parts or {"all": data})
   return found
+
+
+def domain_texts(config: ExperimentConfig, domains: Mapping[str, str]) -> dict[str, PreparedData]:
+  """Returns the text of each domain, prepared as that of the run."""
+  alone = dataclasses.replace(config.data, corpus=DataConfig.corpus)
+  return {
+    name: prepare(dataclasses.replace(alone, sources=(source,))) for name, source in domains.items()
+  }
 
 
 def _under(

@@ -31,12 +31,14 @@ class Scale:
     steps: optimiser steps of a run.
     seeds: of the runs of each arm.
     arms: that are run; empty = all.
+    steps_of: of arms that train for another number of steps.
     point: fields of every config that the profile sets besides.
   """
 
   steps: int
   seeds: tuple[int, ...]
   arms: tuple[str, ...] = ()
+  steps_of: Mapping[str, int] = dataclasses.field(default_factory=dict)
   point: Point = dataclasses.field(default_factory=dict)
 
 
@@ -56,6 +58,8 @@ class Recipe:
     interventions: evaluations of the trained model under another router, by name: fields of the
       routing config as `moe-jax eval --arm` takes them.
     domains: name and source of each held-out text that is evaluated alone.
+    history: whether cards have the measures of `moe-jax analyze` too, over the checkpoints that
+      `checkpoint.at` and `checkpoint.keep` leave, of the texts of `domains`.
   """
 
   name: str
@@ -68,12 +72,13 @@ class Recipe:
   claims: tuple[Claim, ...] = ()
   interventions: Mapping[str, str] = dataclasses.field(default_factory=dict)
   domains: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  history: bool = False
 
   def __post_init__(self):
     scales = {as_choice(Profile, "profile", name): scale for name, scale in self.scales.items()}
     object.__setattr__(self, "scales", scales)
-    named = [arm for claim in self.claims for arm in claim.statistic.arms]
-    named += [arm for scale in self.scales.values() for arm in scale.arms]
+    named = [arm for claim in self.claims for arm in claim.arms]
+    named += [arm for s in self.scales.values() for arm in (*s.arms, *s.steps_of)]
     for arm in named:
       if arm not in self.arms:
         raise UserError(f"recipe {self.name} has no arm {arm!r}; {did_you_mean(arm, self.arms)}")
@@ -106,7 +111,7 @@ class Recipe:
     if profile == Profile.SMOKE:
       return ()
     there = set(scale.arms or self.arms)
-    return tuple(claim for claim in self.claims if there.issuperset(claim.statistic.arms))
+    return tuple(claim for claim in self.claims if there.issuperset(claim.arms))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,13 +128,18 @@ class Run:
     """Of its folder and its card."""
     return f"{self.arm}_{self.seed}"
 
+  @property
+  def steps(self) -> int:
+    """Of its training."""
+    return self.scale.steps_of.get(self.arm, self.scale.steps)
+
   def mapping(self) -> dict[str, Any]:
     """Returns its whole config, as `moe-jax train` would be given it.
 
     Raises:
       UserError: a field that the arm's config lacks, or a value that is refused.
     """
-    point = {**self.scale.point, "seed": self.seed, "steps": self.scale.steps}
+    point = {**self.scale.point, "seed": self.seed, "steps": self.steps}
     mapping = with_point(self.recipe.arms[self.arm], point)
     experiment_from(mapping)
     return mapping

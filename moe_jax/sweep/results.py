@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from moe_jax.errors import UserError
-from moe_jax.sweep.cards import Card
+from moe_jax.sweep.cards import Card, has_diverged
 from moe_jax.sweep.claims import Finding, judge
 from moe_jax.sweep.recipe import Recipe
 from moe_jax.sweep.running import finished_card
@@ -20,7 +20,8 @@ class ArmRow:
     arm: its name.
     parameters, active: counts.
     flops_per_token: of training.
-    loss: held-out, dropless, nats per token, over seeds.
+    loss: held-out, dropless, nats per token, over seeds that did not diverge; None if all did.
+    diverged: seeds that did.
     max_violation: of the held-out load, mean over layers and seeds; None without experts.
     dropped_fraction: of the last training steps; None without experts.
     cpu_seconds: mean over seeds.
@@ -30,7 +31,8 @@ class ArmRow:
   parameters: int
   active: int
   flops_per_token: float
-  loss: Interval
+  loss: Interval | None
+  diverged: int
   max_violation: float | None
   dropped_fraction: float | None
   cpu_seconds: float
@@ -56,6 +58,11 @@ def arm_rows(cards: Mapping[str, Sequence[Card]]) -> list[ArmRow]:
   return [_row(arm, own) for arm, own in cards.items()]
 
 
+def diverged_text(row: ArmRow) -> str:
+  """Says how many seeds of an arm diverged; empty for none."""
+  return f"{row.diverged} diverged" if row.diverged else ""
+
+
 def findings(recipe: Recipe, profile: str, cards: Mapping[str, Sequence[Card]]) -> list[Finding]:
   """Returns what became of the claims that a profile decides."""
   return [judge(claim, cards) for claim in recipe.judged(profile)]
@@ -63,9 +70,10 @@ def findings(recipe: Recipe, profile: str, cards: Mapping[str, Sequence[Card]]) 
 
 def _row(arm: str, cards: Sequence[Card]) -> ArmRow:
   first = cards[0]
+  ended = [card for card in cards if not has_diverged(card)]
 
   def mean(section: str, name: str) -> float | None:
-    values = [card[section].get(name) for card in cards if section in card]
+    values = [card[section].get(name) for card in ended if section in card]
     return sum(values) / len(values) if values and None not in values else None
 
   return ArmRow(
@@ -73,7 +81,8 @@ def _row(arm: str, cards: Sequence[Card]) -> ArmRow:
     parameters=first["parameters"]["total"],
     active=first["parameters"]["active"],
     flops_per_token=first["flops_per_token"],
-    loss=interval([card["eval"]["loss"] for card in cards]),
+    loss=interval([card["eval"]["loss"] for card in ended]) if ended else None,
+    diverged=len(cards) - len(ended),
     max_violation=mean("routing", "max_violation"),
     dropped_fraction=mean("train", "dropped_fraction"),
     cpu_seconds=sum(card["cpu_seconds"] for card in cards) / len(cards),

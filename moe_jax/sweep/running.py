@@ -11,13 +11,14 @@ from typing import Any
 
 import jax
 
-from moe_jax.data.builders import prepare
-from moe_jax.errors import UserError
+from moe_jax.data.builders import PreparedData, prepare
+from moe_jax.errors import DivergedRun, UserError
 from moe_jax.planning.count import count_parameters
 from moe_jax.planning.flops import training_flops_per_token
 from moe_jax.sweep.cards import Card, card_file, config_digest, read_card, write_card
-from moe_jax.sweep.measuring import curves, heldout
+from moe_jax.sweep.measuring import curves, domain_texts, heldout
 from moe_jax.sweep.recipe import Run
+from moe_jax.sweep.routing_history import routing_history
 from moe_jax.training.config import ExperimentConfig, experiment_from
 from moe_jax.training.loop import run_steps
 from moe_jax.training.origin import origin_here
@@ -61,28 +62,39 @@ def run_and_write(run: Run, workdir: Path, cards: Path) -> Card:
   Raises:
     UserError: the config is refused, or another process is at this run.
   """
-  mapping, recipe, folder = run.mapping(), run.recipe, run_folder(run, workdir)
+  mapping, folder = run.mapping(), run_folder(run, workdir)
   config = experiment_from(mapping)
   data = prepare(config.data)
   with claim_run(folder, mapping):
-    with _cpu_time_added(folder):
-      state, wall = run_steps(config, data, folder)
-    found = heldout(config, data, state.model, recipe.domains, recipe.interventions)
+    found = _trained_and_measured(run, config, data, folder)
     card = {
-      "recipe": recipe.name,
+      "recipe": run.recipe.name,
       "arm": run.arm,
       "seed": run.seed,
       "config_digest": config_digest(mapping),
       **_size(config),
-      **curves(folder),
       **found,
-      "wall_seconds": wall,
       "cpu_seconds": _cpu_seconds(folder),
       "origin": _origin(data.fingerprint),
       "config": mapping,
     }
     write_card(card_file(cards, run.arm, run.seed), card)
   return card
+
+
+def _trained_and_measured(
+  run: Run, config: ExperimentConfig, data: PreparedData, folder: Path
+) -> dict[str, Any]:
+  """Returns what a run came to: of one that diverged, no more than that."""
+  try:
+    with _cpu_time_added(folder):
+      state, wall = run_steps(config, data, folder)
+  except DivergedRun as error:
+    return {"diverged": 1, "why": str(error)}
+  found = heldout(config, data, state.model, run.recipe.domains, run.recipe.interventions)
+  if run.recipe.history:
+    found["history"] = routing_history(config, folder, domain_texts(config, run.recipe.domains))
+  return {"diverged": 0, **curves(folder), **found, "wall_seconds": wall}
 
 
 @contextlib.contextmanager

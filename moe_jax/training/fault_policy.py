@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from moe_jax.errors import UserError
+from moe_jax.errors import DivergedRun
 from moe_jax.training.events import Event
 from moe_jax.training.faults_config import FaultsConfig, OnNonfinite
 
@@ -65,12 +65,12 @@ class FaultPolicy:
     """Returns what to say about bad steps, the budget allowing; a rollback answers the first.
 
     Raises:
-      UserError: they are too many, or not allowed at all.
+      DivergedRun: they are too many, or not allowed at all.
     """
     if not bad:
       return []
     if self._config.on_nonfinite == OnNonfinite.STOP:
-      raise UserError(
+      raise DivergedRun(
         f"the loss or a gradient is not finite at step {bad[0]} (batch {bad[0] + self.passed} of"
         " the data stream): the run has diverged; lower optimizer.learning_rate or"
         " optimizer.clip_norm and start in a new workdir, or pass over such batches with"
@@ -85,7 +85,7 @@ class FaultPolicy:
     """Returns the event of a rollback from a loss spike, the budget allowing.
 
     Raises:
-      UserError: there were too many.
+      DivergedRun: there were too many.
     """
     told = {name: spike[name] for name in ("loss", "median")}
     return self._counted("spike_rolled_back", "the loss spikes at", spike["step"]) | told
@@ -95,7 +95,7 @@ class FaultPolicy:
     self.used += 1
     batch = step + self.passed
     if self.used > self._config.budget:
-      raise UserError(
+      raise DivergedRun(
         f"{reason} step {step} (batch {batch} of the data stream), and faults.budget ="
         f" {self._config.budget} such steps are used up: the run diverges; lower"
         " optimizer.learning_rate or optimizer.clip_norm, or raise the budget"

@@ -70,7 +70,8 @@ def run_steps(
 
   Raises:
     StoppedRun: a process was told to end; the step is saved.
-    UserError: the run has diverged, or what an earlier process left of it is damaged.
+    DivergedRun: its loss is not finite, or spikes, more often than its config allows.
+    UserError: what an earlier process left of it is damaged.
   """
   with contextlib.ExitStack() as stack:
     training = _Training(config, data, workdir, layout, stack, Goodput(workdir, begun))

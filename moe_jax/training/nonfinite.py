@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from moe_jax.errors import UserError
+from moe_jax.errors import DivergedRun
 from moe_jax.training.state import TrainState
 
 # The metric that tells it; taken out before a row is written.
@@ -41,13 +41,13 @@ def check_finite(step: int, metrics: Mapping[str, Any]) -> None:
   """Stops a run that has diverged, before a row or a checkpoint of it is written.
 
   Raises:
-    UserError: a metric, or an element of one, is not finite; names the first.
+    DivergedRun: a metric, or an element of one, is not finite; names the first.
   """
   for name, value in metrics.items():
     values = np.ravel([] if value is None else value)
     faults = values[~np.isfinite(values)]
     if faults.size:
-      raise UserError(
+      raise DivergedRun(
         f"{name} is {faults[0]} at step {step}: the run has diverged; lower"
         " optimizer.learning_rate or optimizer.clip_norm and start in a new workdir"
       )

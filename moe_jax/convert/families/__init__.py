@@ -46,7 +46,10 @@ _TRAINING = {
   ModelConfig: ("dropout", "init_scale", "dtype", "remat", "scan_unroll"),
   FeedForwardConfig: ("dropout",),
   MambaConfig: ("scan_chunk",),
-  MoEConfig: ("expert_dropout", "router_jitter", "router_init", "dispatch", "grouped_kernel"),
+  MoEConfig: (
+    *("expert_dropout", "router_jitter", "router_init", "router_dtype"),
+    *("dispatch", "grouped_kernel"),
+  ),
   RoutingConfig: (
     *("noise", "noise_std", "bias_rate", "grouping", "group_size", "priority", "drop_order"),
     *("capacity_convention", "capacity_factor", "eval_capacity_factor", "capacity_rounding"),
