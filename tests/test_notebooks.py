@@ -1,9 +1,11 @@
 """Every notebook runs from its first cell to its last, and is committed without outputs."""
 
 import json
+import re
 
 import jax
 import pytest
+from fast_compilation import compile_fast  # noqa: F401
 from training import tiny
 
 NOTEBOOKS = sorted((tiny.ROOT / "notebooks").glob("*.ipynb"))
@@ -30,3 +32,9 @@ def test_notebook_runs(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_holds_no_outputs(path):
   assert all(cell["outputs"] == [] for cell in code_cells(path))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_checks_what_it_tells(path):
+  sources = ["".join(cell["source"]) for cell in code_cells(path)]
+  assert any(re.search(r"^\s*assert ", source, flags=re.M) for source in sources)

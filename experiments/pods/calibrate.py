@@ -100,7 +100,7 @@ def measure_chip() -> Chip:
   # As large as a step's activations on one device: larger ones would measure page faults.
   big = jnp.ones((2**20,))
   moved = 2 * big.nbytes / cpu_seconds(jax.jit(lambda x: x * 2 + 1), big)
-  return Chip("cpu", 0.0, flops, moved, 0.0, 0, 0, 0.0, DEVICES)
+  return Chip("cpu", "cpu", 0.0, flops, moved, 0.0, 0, 0, 0.0, DEVICES)
 
 
 def measure_exchanges() -> dict[str, Exchange]:

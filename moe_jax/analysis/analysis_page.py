@@ -49,44 +49,46 @@ def render(found: AnalysisResults) -> str:
   """Returns the page."""
   title = f"Routing of {found.run}"
   domains = ", ".join(found.domains)
-  parts = [
+  header = (
     f'<header><p class="kicker">moe_jax analysis</p><h1>{escape(title)}</h1>'
     f'<p class="subtitle">Step {found.step:,}; {found.tokens:,} held-out tokens of'
-    f" {escape(domains)}; dropless.</p></header>",
-    plain_section(
-      "Measures",
+    f" {escape(domains)}; dropless.</p></header>"
+  )
+  return page(title, "\n".join((header, *sections(found).values())))
+
+
+def sections(found: AnalysisResults) -> dict[str, str]:
+  """Returns the sections of the page by their titles, those without content left out."""
+  parts = {
+    "Measures": (
       _table_of_measures(found),
       "Behind each measure, in grey, what a router that ignores its input would show of as many"
       " tokens.",
     ),
-    plain_section(
-      "Who reads what",
+    "Who reads what": (
       _figures("layer", found.shares, found.domains),
       "Rows are texts, columns experts. Clear is an even share of the text's tokens, full colour"
       " twice as much or nothing: vermillion above, blue below.",
     ),
-    plain_section(
-      "Words of the experts",
+    "Words of the experts": (
       _words(found.tops),
       "Tokens that set each expert apart, the most telling first. ␣ is a space, \\n a line break.",
     ),
-    plain_section(
-      "Who works together",
-      _pairs(found),
+    "Who works together": (
+      _pairs(found) if found.pairs else "",
       "Of the tokens of a row's expert, the share that ask for the column's too, coloured around"
       " the row's mean in the same way.",
-    )
-    if found.pairs
-    else "",
-    plain_section("Over training", changes) if (changes := _changes(found)) else "",
-    plain_section(
-      "What it is worth",
+    ),
+    "Over training": (_changes(found), ""),
+    "What it is worth": (
       _losses(found.losses),
       "Held-out loss when routing is changed at evaluation, without training anew: above the model"
       " as it is (vermillion), or below (blue).",
     ),
-  ]
-  return page(title, "\n".join(filter(None, parts)))
+  }
+  return {
+    title: plain_section(title, body, caption) for title, (body, caption) in parts.items() if body
+  }
 
 
 def _table_of_measures(found: AnalysisResults) -> str:

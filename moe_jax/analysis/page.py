@@ -1,5 +1,6 @@
 """Pages that stand alone: one HTML file with its style in it, and nothing fetched."""
 
+import dataclasses
 import os
 import tempfile
 from collections.abc import Iterable
@@ -47,6 +48,26 @@ def table(head: Iterable[str], rows: Iterable[str]) -> str:
     f'<div class="scroll"><table class="runs"><thead><tr>{names}</tr></thead>'
     f"<tbody>{''.join(rows)}</tbody></table></div>"
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class Inset:
+  """A page as a notebook shows it: in a frame, so that neither's style reaches the other.
+
+  Attributes:
+    html: the page.
+    height: of the frame, in pixels; what is longer scrolls.
+  """
+
+  html: str
+  height: int = 480
+
+  def _repr_html_(self) -> str:
+    # Jupyter looks for this name.
+    return (
+      f'<iframe srcdoc="{escape(self.html)}" height="{self.height}"'
+      ' style="width: 100%; border: 0"></iframe>'
+    )
 
 
 def write_whole(path: Path, text: str) -> None:

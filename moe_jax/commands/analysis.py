@@ -2,7 +2,7 @@
 
 import csv
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,21 +40,60 @@ def analyze(args: SimpleNamespace) -> None:
     raise UserError(f"--batches={args.batches} is refused: it must be at least 1")
   workdir = Path(args.workdir)
   out = workdir / "analysis" if args.out is None else Path(args.out)
-  config, step, model = load_run(workdir, args.step)
-  _check(workdir, config)
-  texts = _texts(config, args.domain)
+  subject = _Subject.load(workdir, args.step, _named(args.domain))
   _make_folder(out)
-  earlier = [other for other in saved_steps(workdir / FOLDER) if other < step]
-  models = [load_run(workdir, other)[1:] for other in earlier] + [(step, model)]
-  graph = model_graph(config.model.dropless())
-  recorder = RoutingRecorder(graph, texts, config.batch_size, args.batches)
-  traces = [recorder.trace(variables, at, workdir.name) for at, variables in models]
-  found = _results(config, traces, recorder, model)
-  found = dataclasses.replace(found, losses=_losses(config, model))
+  found = subject.results(args.batches)
   _write_tables(out, found)
   write_whole(out / PAGE, render(found))
-  print(f"{found.tokens:,} tokens, {len(found.shares)} MoE layers, step {step}")
+  print(f"{found.tokens:,} tokens, {len(found.shares)} MoE layers, step {found.step}")
   print(f"tables in {out}; open {out / PAGE}")
+
+
+def analyze_run(
+  workdir: Path,
+  *,
+  step: int | None = None,
+  domains: Mapping[str, str] | None = None,
+  batches: int = 4,
+) -> AnalysisResults:
+  """Returns what `moe-jax analyze` writes, and writes nothing.
+
+  Args:
+    workdir: the run folder.
+    step: of the checkpoint; None = the last one.
+    domains: name and source of each held-out text; the run's own by default.
+    batches: of each text.
+
+  Raises:
+    UserError: a run without a router of tokens, or a bad source.
+  """
+  return _Subject.load(workdir, step, domains or {}).results(batches)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Subject:
+  """A checkpoint that can be analysed, and the texts that it is to route."""
+
+  workdir: Path
+  config: ExperimentConfig
+  step: int
+  model: nnx.State
+  texts: Mapping[str, PreparedData]
+
+  @classmethod
+  def load(cls, workdir: Path, step: int | None, domains: Mapping[str, str]) -> "_Subject":
+    config, step, model = load_run(workdir, step)
+    _check(workdir, config)
+    return cls(workdir, config, step, model, _texts(config, domains))
+
+  def results(self, batches: int) -> AnalysisResults:
+    graph = model_graph(self.config.model.dropless())
+    recorder = RoutingRecorder(graph, self.texts, self.config.batch_size, batches)
+    earlier = [step for step in saved_steps(self.workdir / FOLDER) if step < self.step]
+    models = [load_run(self.workdir, step)[1:] for step in earlier] + [(self.step, self.model)]
+    traces = [recorder.trace(variables, at, self.workdir.name) for at, variables in models]
+    found = _results(self.config, traces, recorder, self.model)
+    return dataclasses.replace(found, losses=_losses(self.config, self.model))
 
 
 def _check(workdir: Path, config: ExperimentConfig) -> None:
@@ -66,21 +105,24 @@ def _check(workdir: Path, config: ExperimentConfig) -> None:
     raise UserError(f"{workdir} reads images; analyses are of text alone")
 
 
-def _texts(config: ExperimentConfig, domains: Sequence[str]) -> dict[str, PreparedData]:
-  """Returns the held-out texts by name: those of --domain, or else the run's own sources."""
+def _named(words: Sequence[str]) -> dict[str, str]:
+  """Returns the sources of --domain by their names."""
   sources = {}
-  for word in domains:
+  for word in words:
     name, equals, source = word.partition("=")
     if not (name and equals and source):
       raise UserError(f"--domain={word} is refused: expected NAME=SOURCE, as python=python_3_11")
     sources[name] = source
-  if not sources:
-    sources = {
-      part.name: word for part, word in zip(config.data.parts, _words(config), strict=True)
-    }
+  return sources
+
+
+def _texts(config: ExperimentConfig, domains: Mapping[str, str]) -> dict[str, PreparedData]:
+  """Returns the held-out texts by name: those asked for, or else the run's own sources."""
+  own = {part.name: word for part, word in zip(config.data.parts, _words(config), strict=True)}
   alone = dataclasses.replace(config.data, corpus=DataConfig.corpus)
   return {
-    name: prepare(dataclasses.replace(alone, sources=(source,))) for name, source in sources.items()
+    name: prepare(dataclasses.replace(alone, sources=(source,)))
+    for name, source in (domains or own).items()
   }
 
 

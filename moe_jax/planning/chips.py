@@ -18,6 +18,7 @@ class Chip:
 
   Attributes:
     name: as in topologies.
+    device_kind: what JAX calls it.
     hbm_bytes: memory.
     peak_flops: FLOP/s of bfloat16 products.
     hbm_bandwidth: bytes/s.
@@ -29,6 +30,7 @@ class Chip:
   """
 
   name: str
+  device_kind: str
   hbm_bytes: float
   peak_flops: float
   hbm_bandwidth: float
@@ -45,13 +47,53 @@ _GBIT = 1e9 / 8
 CHIPS = {
   chip.name: chip
   for chip in (
-    Chip("v4", 32 * _GIB, 275 * _TERA, 1228 * _GIGA, 50 * _GIGA, 3, 4, 50 * _GBIT, max_chips=4096),
-    Chip("v5e", 16 * _GIB, 197 * _TERA, 819 * _GIGA, 50 * _GIGA, 2, 16, 25 * _GBIT, max_chips=256),
     Chip(
-      "v5p", 95 * _GIB, 459 * _TERA, 2765 * _GIGA, 100 * _GIGA, 3, 4, 50 * _GBIT, max_chips=6144
+      "v4",
+      "TPU v4",
+      32 * _GIB,
+      275 * _TERA,
+      1228 * _GIGA,
+      50 * _GIGA,
+      dimensions=3,
+      wrap=4,
+      dcn_bandwidth=50 * _GBIT,
+      max_chips=4096,
     ),
     Chip(
-      "v6e", 32 * _GIB, 918 * _TERA, 1600 * _GIGA, 100 * _GIGA, 2, 16, 100 * _GBIT, max_chips=256
+      "v5e",
+      "TPU v5 lite",
+      16 * _GIB,
+      197 * _TERA,
+      819 * _GIGA,
+      50 * _GIGA,
+      dimensions=2,
+      wrap=16,
+      dcn_bandwidth=25 * _GBIT,
+      max_chips=256,
+    ),
+    Chip(
+      "v5p",
+      "TPU v5",
+      95 * _GIB,
+      459 * _TERA,
+      2765 * _GIGA,
+      100 * _GIGA,
+      dimensions=3,
+      wrap=4,
+      dcn_bandwidth=50 * _GBIT,
+      max_chips=6144,
+    ),
+    Chip(
+      "v6e",
+      "TPU v6 lite",
+      32 * _GIB,
+      918 * _TERA,
+      1600 * _GIGA,
+      100 * _GIGA,
+      dimensions=2,
+      wrap=16,
+      dcn_bandwidth=100 * _GBIT,
+      max_chips=256,
     ),
   )
 }

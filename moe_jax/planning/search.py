@@ -73,8 +73,10 @@ def search(run: PodRun, topology: Topology, compile_best: int = 2) -> Found:
     compile_best: candidates to compile, besides plain `fsdp`.
 
   Raises:
-    UserError: no candidate fits, by the formulas or once compiled.
+    UserError: libtpu is not installed, or no candidate fits, by the formulas or once compiled.
   """
+  # Ranking needs no compiler: that one is missing should be told before it.
+  topology.devices()
   ranked, refused = rank(run, topology)
   if not ranked:
     raise UserError(
@@ -110,7 +112,10 @@ def search(run: PodRun, topology: Topology, compile_best: int = 2) -> Found:
 
 
 def rank(run: PodRun, topology: Topology) -> tuple[list[Candidate], int]:
-  """Returns the candidates that fit by the closed formulas, the fastest first, and the others."""
+  """Returns the candidates that fit by the closed formulas, the fastest first, and the others.
+
+  Nothing is compiled, and libtpu is not needed; the others are counted.
+  """
   found, refused = [], 0
   for variant, layout in _variants(run, topology):
     candidate = _on_mesh(variant, layout, topology)
@@ -124,8 +129,11 @@ def rank(run: PodRun, topology: Topology) -> tuple[list[Candidate], int]:
 
 
 def candidate_of(run: PodRun, topology: Topology) -> Candidate | None:
-  """Returns a run with its estimate; None where the mesh does not divide its arrays."""
-  layout = make_layout(run.experiment.sharding, topology.devices())
+  """Returns a run with its estimate; None where the mesh does not divide its arrays.
+
+  Nothing is compiled, and libtpu is not needed.
+  """
+  layout = make_layout(run.experiment.sharding, topology.places())
   return None if layout is None else _on_mesh(run, layout, topology)
 
 
@@ -177,7 +185,7 @@ def _variants(run: PodRun, topology: Topology) -> Iterator[tuple[PodRun, Layout]
   config = run.experiment
   state = abstract_state(config.model, make_optimizer(config.optimizer, config.steps))
   for sharding in _shardings(run, topology):
-    layout = make_layout(sharding, topology.devices())
+    layout = make_layout(sharding, topology.places())
     if layout is None or not _divides(state, layout):
       continue
     for remat, count in itertools.product(Remat, _MICROBATCHES):

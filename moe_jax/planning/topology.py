@@ -21,6 +21,19 @@ _ONE_DEVICE = {"v4": {"chip_config_name": "megacore", "chips_per_host_bounds": (
 
 
 @dataclasses.dataclass(frozen=True)
+class Place:
+  """A chip that nothing can be compiled for: what meshes and links ask of a device, and no more."""
+
+  id: int
+  coords: tuple[int, ...]
+  slice_index: int
+  device_kind: str
+  core_on_chip: int = 0
+  platform: str = "tpu"
+  process_index: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Topology:
   """Slices of one kind of chip.
 
@@ -55,6 +68,17 @@ class Topology:
     """Returns the name with the number of chips, which the names of products disguise."""
     slices = f"{self.num_slices} slices of " if self.num_slices > 1 else ""
     return f"{slices}{self.name} ({self.num_chips:,} chips)"
+
+  def places(self) -> list[Place]:
+    """Returns the chips to lay meshes over where nothing is compiled; needs no libtpu."""
+    # Chips of a flat pod have a third coordinate too.
+    flat = (1,) * (3 - self.chip.dimensions)
+    places = list(itertools.product(*map(range, (*self.shape, *flat))))
+    return [
+      Place(index * len(places) + i, coords, index, self.chip.device_kind)
+      for index in range(self.num_slices)
+      for i, coords in enumerate(places)
+    ]
 
   def devices(self) -> Sequence[jax.Device]:
     """Returns devices to compile for; none of them needs to be attached.

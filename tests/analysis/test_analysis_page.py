@@ -1,9 +1,13 @@
 """The page of `moe-jax analyze`: every part is there, nothing of a text reaches it as HTML."""
 
+import html
+import re
+
 import numpy as np
 import pytest
 
-from moe_jax.analysis.analysis_page import AnalysisResults, render
+from moe_jax.analysis.analysis_page import AnalysisResults, render, sections
+from moe_jax.analysis.page import Inset
 from moe_jax.analysis.routing_measures import Measure
 
 
@@ -46,3 +50,22 @@ def test_parts_without_content_are_left_out(top_k, steps):
 def test_many_experts_are_drawn_in_part():
   text = render(results(experts=100, top_k=2))
   assert text.count("<rect") == 2 * 64 and "up to 64 experts" in text
+
+
+def test_the_page_is_its_sections():
+  found = results(experts=4, top_k=1)
+  parts = sections(found)
+  assert list(parts) == [
+    "Measures",
+    "Who reads what",
+    "Words of the experts",
+    "Over training",
+    "What it is worth",
+  ]
+  assert all(part in render(found) for part in parts.values())
+
+
+def test_a_notebook_shows_a_page_in_a_frame_of_its_own():
+  shown = Inset('<p class="x">&amp;</p>', height=120)._repr_html_()
+  assert shown.startswith("<iframe ") and 'height="120"' in shown
+  assert html.unescape(re.search('srcdoc="([^"]*)"', shown)[1]) == '<p class="x">&amp;</p>'

@@ -4,7 +4,6 @@ import dataclasses
 import re
 
 import pytest
-from planning.pods import fake_devices
 from training import tiny
 
 from moe_jax.config.load import load_config
@@ -127,7 +126,7 @@ def test_rows_of_ragged_kernels_that_are_tokens():
   def fill(**sizes):
     sharding = ShardingConfig(layout="ep_fsdp", **sizes)
     run = pod_run(dataclasses.replace(base, sharding=sharding), topology, dispatch="ragged")
-    return kernel_fill(run, compiled.make_layout(sharding, fake_devices(topology)).mesh)
+    return kernel_fill(run, compiled.make_layout(sharding, topology.places()).mesh)
 
   # Eight devices can each send all their tokens to one expert, where a quarter arrives.
   assert fill(fsdp=8, expert=8) == 2 / 8
@@ -139,7 +138,7 @@ def test_microbatches_that_the_pod_does_not_divide_are_refused():
   topology = parse_topology("v5p:4x4x4")
   run = pod_run(experiment("mixtral.py:8x7b"), topology)
   config = dataclasses.replace(run.experiment, accumulation_steps=4)
-  layout = compiled.make_layout(config.sharding, fake_devices(topology))
+  layout = compiled.make_layout(config.sharding, topology.places())
   with pytest.raises(UserError, match="the axis batch of a microbatch has size 32, .* make it 64"):
     compiled.abstract_batch(dataclasses.replace(run, experiment=config), layout)
 
@@ -160,7 +159,7 @@ def test_a_step_that_does_not_fit_says_what_would(text, need):
   topology = parse_topology("v5p:4x4x4")
   run = pod_run(experiment("mixtral.py:8x7b"), topology)
   config = run.experiment
-  layout = compiled.make_layout(config.sharding, fake_devices(topology))
+  layout = compiled.make_layout(config.sharding, topology.places())
   optimizer = make_optimizer(config.optimizer, config.steps)
   state = abstract_state(config.model, optimizer, layout=layout)
   message = str(compiled._refusal(ValueError(text), run, state, topology))

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from planning.pods import fake_devices
 from training import tiny
 
 from moe_jax.cli import main
@@ -35,7 +34,7 @@ def pod(monkeypatch):
     memory = Memory(2.0**30, 2.0**31, 2.0**32, 7 * 2.0**30, topology.chip.hbm_bytes)
     return CompiledStep(parse_program(STEP), mesh, memory, 12.0)
 
-  monkeypatch.setattr(Topology, "devices", fake_devices)
+  monkeypatch.setattr(Topology, "devices", Topology.places)
   monkeypatch.setattr(pod_plan, "compile_step", stand_in)
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 
 import pytest
-from planning.pods import fake_devices
 from training import tiny
 
 from moe_jax.config.load import load_config
@@ -17,8 +16,19 @@ from moe_jax.training.config import experiment_from
 
 @pytest.fixture
 def topology(monkeypatch):
-  monkeypatch.setattr(Topology, "devices", fake_devices)
+  """A pod without libtpu."""
+
+  def refuse(self):
+    raise UserError("libtpu is missing")
+
+  monkeypatch.setattr(Topology, "devices", refuse)
   return parse_topology("v5p:4x4x4")
+
+
+@pytest.fixture
+def libtpu(topology, monkeypatch):
+  """As if it were there."""
+  monkeypatch.setattr(Topology, "devices", Topology.places)
 
 
 def run_on(topology, source="mixtral.py:8x7b", **options):
@@ -78,7 +88,9 @@ def test_ranked_by_expected_time_and_all_fit(topology, monkeypatch):
   assert {each.run.experiment.sharding.layout for each in ranked} == {"fsdp", "ep_fsdp"}
 
 
-def test_the_best_are_compiled_and_what_fails_is_kept_with_the_reason(topology, monkeypatch):
+def test_the_best_are_compiled_and_what_fails_is_kept_with_the_reason(
+  topology, libtpu, monkeypatch
+):
   few(monkeypatch)
   tried = []
 
@@ -97,7 +109,7 @@ def test_the_best_are_compiled_and_what_fails_is_kept_with_the_reason(topology, 
   assert len({each.experiment.sharding for each in tried[:3]} | {1}) > 2
 
 
-def test_nothing_that_fits_once_compiled_is_one_sentence(topology, monkeypatch):
+def test_nothing_that_fits_once_compiled_is_one_sentence(topology, libtpu, monkeypatch):
   few(monkeypatch)
 
   def fail(run, _):
@@ -108,8 +120,14 @@ def test_nothing_that_fits_once_compiled_is_one_sentence(topology, monkeypatch):
     search(run_on(topology), topology)
 
 
-def test_nothing_that_fits_is_one_sentence(topology, monkeypatch):
+def test_nothing_that_fits_is_one_sentence(topology, libtpu, monkeypatch):
   few(monkeypatch)
   monkeypatch.setattr(search_module, "_FILLED", 0.0)
   with pytest.raises(UserError, match=r"none of \d+ layouts of this model fits into v5p:4x4x4"):
+    search(run_on(topology), topology)
+
+
+def test_a_missing_compiler_is_told_before_the_ranking(topology, monkeypatch):
+  monkeypatch.setattr(search_module, "rank", None)
+  with pytest.raises(UserError, match="libtpu is missing"):
     search(run_on(topology), topology)

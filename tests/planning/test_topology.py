@@ -61,3 +61,12 @@ def test_the_smallest_slice_for_a_number_of_chips():
   assert smallest_slice(v5p, 65).name == "v5p:4x4x8"
   assert smallest_slice(v5p, 64).name == "v5p:4x4x4"
   assert smallest_slice(v5p, 7000) is None
+
+
+def test_places_are_the_chips_of_all_slices():
+  places = parse_topology("v5p:2x2x4", num_slices=2).places()
+  assert [place.id for place in places] == list(range(32))
+  assert places[5].coords == (0, 1, 1) and places[16].coords == (0, 0, 0)
+  assert [place.slice_index for place in places] == [0] * 16 + [1] * 16
+  # JAX asks for three coordinates of every TPU.
+  assert parse_topology("v6e:2x4").places()[-1].coords == (1, 3, 0)
