@@ -55,7 +55,7 @@ def _claims() -> tuple[Claim, ...]:
     ),
     Claim(
       name="unbalanced_without",
-      text="without a balance loss the fullest expert gets over 1.5 times as much as with one",
+      text="without a balance loss the held-out max violation is over 1.5 times that with one",
       paper="shazeer2017_table6_max_over_mean",
       statistic=Contrast("train.max_violation", "weight_0", "weight_1e-2", relative=True),
       expects=Expects.ABOVE,

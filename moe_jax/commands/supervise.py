@@ -1,5 +1,6 @@
 """The command `moe-jax supervise -- train ...`: starts a run again until it is done."""
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ _ENDING = (signal.SIGTERM, signal.SIGINT)
 # Done; a fault that would come back; an interrupt; a closed pipe.
 _FINAL = (0, EXIT_USER, 130, 128 + signal.SIGPIPE)
 _LONGEST_WAIT = 60.0
+_PATIENCE = 1.0
 
 
 def supervise(args: SimpleNamespace) -> int:
@@ -85,7 +87,10 @@ class _Supervisor:
     self._child = subprocess.Popen(self._words, process_group=0)
     if self._ending.is_set():
       self._child.send_signal(signal.SIGTERM)
-    return self._child.wait()
+    while True:
+      # A signal may interrupt another thread: its handler runs here no sooner than the wait ends.
+      with contextlib.suppress(subprocess.TimeoutExpired):
+        return self._child.wait(_PATIENCE)
 
   def _wait(self, seconds: float) -> bool:
     """Waits, or returns True when a signal ends all."""

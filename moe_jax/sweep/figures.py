@@ -21,9 +21,14 @@ _SHOWN_FROM = 0.2
 
 
 def draw_curves(cards: Mapping[str, Sequence[Card]]) -> str:
-  """Draws the held-out loss of each arm over its steps: the mean over seeds, and their range."""
+  """Draws the held-out loss of each arm over its steps: the mean over seeds, and their range.
+
+  Arms of which a run diverged are left out; nothing is drawn of none.
+  """
   complete = {arm: own for arm, own in cards.items() if not any(map(has_diverged, own))}
   curves = {arm: _curve(own) for arm, own in complete.items()}
+  if not curves:
+    return ""
   shown = [curve[1:, curve[0] >= _SHOWN_FROM * curve[0, -1]] for curve in curves.values()]
   y_range = svg.padded_range(np.concatenate([part.ravel() for part in shown]).tolist())
   last = max(float(curve[0, -1]) for curve in curves.values())

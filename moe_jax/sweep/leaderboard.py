@@ -13,7 +13,7 @@ from moe_jax.sweep.cards import Card
 from moe_jax.sweep.claims import Claim, Finding, expectation, judge
 from moe_jax.sweep.figures import draw_curves
 from moe_jax.sweep.paper_values import PaperValue, read_paper_values
-from moe_jax.sweep.recipe import Profile, Recipe, load_recipe
+from moe_jax.sweep.recipe import Profile, Recipe, Scale, load_recipe
 from moe_jax.sweep.results import ArmRow, arm_rows, diverged_text
 from moe_jax.sweep.running import finished_card
 from moe_jax.sweep.statistics import Interval
@@ -116,7 +116,8 @@ def recipe_page(results: Results, values: Mapping[str, PaperValue]) -> str:
     f"**Matched by** {recipe.matched}.",
     "",
     f"**Command.** `{command} --profile=full --workers=2`: {len(recipe.runs(Profile.FULL))} runs"
-    f" of {scale.steps:,} steps, seeds {', '.join(map(str, scale.seeds))}{_cost(results)}",
+    f" of {scale.steps:,} steps{_other_steps(scale)},"
+    f" seeds {', '.join(map(str, scale.seeds))}{_cost(results)}",
     "",
     "## Claims",
     "",
@@ -136,6 +137,11 @@ def recipe_page(results: Results, values: Mapping[str, PaperValue]) -> str:
 
 _ARM_HEAD = ["arm", "parameters", "active", "FLOPs per token", "held-out nats"]
 _ARM_HEAD += ["held-out max violation", "dropped in training", "CPU s a run"]
+
+
+def _other_steps(scale: Scale) -> str:
+  each = [f"{arm} {steps:,}" for arm, steps in scale.steps_of.items()]
+  return f" ({', '.join(each)})" if each else ""
 
 
 def _cost(results: Results) -> str:

@@ -28,8 +28,8 @@ def routing_history(
     texts: held-out texts by the name of their domain.
 
   Returns:
-    Nested by the measure's name; `step_N` where it compares checkpoints; `layer_N`, `mean` over
-    layers and `floor`, what a router that ignores its input would show, over layers too.
+    Nested by the measure's name; `step_N` where it compares checkpoints; `layer_N`, `mean` and
+    `max` over layers, and `floor`, what a router that ignores its input would show on average.
   """
   graph = model_graph(config.model.dropless())
   recorder = RoutingRecorder(graph, texts, config.batch_size, _BATCHES)
@@ -57,4 +57,5 @@ def _of_layers(measures: Sequence[Measure]) -> dict[str, float]:
   layers = {f"layer_{m.layer}": m.value for m in measures if m.layer is not None}
   floors = [measure.floor for measure in measures if measure.floor is not None]
   floor = {"floor": float(np.mean(floors))} if floors else {}
-  return layers | floor | {"mean": float(np.mean([measure.value for measure in measures]))}
+  values = [measure.value for measure in measures]
+  return layers | floor | {"mean": float(np.mean(values)), "max": float(np.max(values))}

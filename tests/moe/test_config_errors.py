@@ -190,6 +190,7 @@ def test_what_needs_a_ranking_is_refused_where_experts_are_not_ranked(fields, se
   [
     ({"dispatch": "gathered"}, "dispatch = 'gathered'", "gather"),
     ({"activation": "swish"}, "activation = 'swish'", "silu"),
+    ({"router_dtype": "float16"}, "router_dtype = 'float16'", "bfloat16"),
     ({"hidden_dim": 0}, "hidden_dim = 0", "at least 1"),
     ({"expert_dropout": 1.0}, "expert_dropout = 1.0", "[0, 1)"),
     ({"router_jitter": 1.0}, "router_jitter = 1.0", "[0, 1)"),

@@ -78,6 +78,24 @@ def test_logits_and_gradients_equal_the_oracle(projection):
     assert np.all(np.isfinite(own))
 
 
+def test_a_bfloat16_router_rounds_both_factors_and_the_product():
+  kernel = np.random.default_rng(3).normal(size=(D, E)).astype(np.float32)
+  logits = {}
+  for dtype in ("float32", "bfloat16"):
+    model = Router(D, RoutingConfig(E), key=jax.random.key(0), scale=1.0, dtype=dtype)
+    model.kernel[...] = kernel
+    logits[dtype] = model(tokens())[0]
+  assert logits["bfloat16"].dtype == jnp.float32
+  np.testing.assert_array_equal(
+    logits["bfloat16"], jnp.astype(jnp.astype(logits["bfloat16"], jnp.bfloat16), jnp.float32)
+  )
+  exact = np.float64(tokens()) @ np.float64(kernel)
+  assert relative_error(logits["float32"], exact) <= TOLERANCE
+  # Two factors and their sum are each rounded to 8 bits.
+  off = np.abs(logits["bfloat16"] - exact) / (np.abs(np.float64(tokens())) @ np.abs(kernel) + 1e-9)
+  assert 2**-12 < off.max() < 3 * 2**-8
+
+
 def test_at_first_the_bias_is_zero_and_the_scale_one():
   for projection, value in {"affine": 0.0, "normalized": 1.0}.items():
     layer = Router(D, RoutingConfig(E, projection=projection), key=jax.random.key(0), scale=1.0)

@@ -3,7 +3,17 @@
 import pytest
 
 from moe_jax.errors import UserError
-from moe_jax.sweep.claims import Claim, Contrast, Expects, Rank, Slope, Speedup, Verdict, judge
+from moe_jax.sweep.claims import (
+  Claim,
+  Contrast,
+  Expects,
+  Rank,
+  Requirement,
+  Slope,
+  Speedup,
+  Verdict,
+  judge,
+)
 
 BASE = (1.50, 1.51, 1.49)
 
@@ -109,10 +119,50 @@ def test_slope_is_the_exponent_of_a_power_law():
   assert Slope("eval.loss", points).values(cards) == pytest.approx([-0.25, -0.25])
 
 
-def test_a_claim_that_cannot_be_tested_says_why():
-  claim = _claim(Expects.ABOVE, not_testable="no run diverged at any learning rate")
-  finding = judge(claim, _cards(a=(9.0, 9.0), b=(1.0, 1.0)))
-  assert (finding.verdict, finding.why) == (Verdict.NOT_TESTABLE, claim.not_testable)
+def test_a_claim_is_not_testable_where_what_it_requires_happened_in_no_run():
+  required = Requirement("other.loss", ("b",), "no run diverged at any learning rate")
+  claim = _claim(Expects.ABOVE, requires=required)
+  assert claim.arms == ("a", "b")
+  cards = _cards(a=(9.0, 9.1), b=(0.0, 0.0))
+  finding = judge(claim, cards)
+  assert (finding.verdict, finding.why) == (Verdict.NOT_TESTABLE, required.unmet)
+  assert finding.measured.mean == pytest.approx(9.05)
+  once = _cards(a=(9.0, 9.1), b=(0.0, 0.01))
+  assert judge(claim, once).verdict == Verdict.REPRODUCED
+
+
+def _diverging(**diverged):
+  """Returns cards of seeds that have diverged or not; of those that have, without a loss."""
+  cards = _cards(**dict.fromkeys(diverged, BASE))
+  for arm, lost in diverged.items():
+    for seed, one in enumerate(lost):
+      cards[arm][seed] = {"diverged": 1} if one else {**cards[arm][seed], "diverged": 0}
+  return cards
+
+
+def test_a_diverged_run_leaves_claims_about_losses_open():
+  finding = judge(_claim(Expects.ABOVE), _diverging(a=(0, 1, 0), b=(0, 0, 0)))
+  assert (finding.verdict, finding.measured) == (Verdict.INCONCLUSIVE, None)
+  assert finding.why == "runs of a diverged"
+
+
+@pytest.mark.parametrize(
+  ("a", "b", "verdict"),
+  [
+    ((1, 1, 1), (0, 0, 0), Verdict.REPRODUCED),
+    ((0, 1, 0), (0, 0, 0), Verdict.INCONCLUSIVE),
+    ((1, 1, 1), (1, 1, 1), Verdict.NOT_REPRODUCED),
+    ((0, 0, 0), (0, 0, 0), Verdict.NOT_TESTABLE),
+  ],
+)
+def test_divergence_itself_is_a_metric(a, b, verdict):
+  claim = _claim(
+    Expects.ABOVE,
+    0.5,
+    Contrast("diverged", "a", "b"),
+    requires=Requirement("diverged", ("a", "b"), "no run diverged"),
+  )
+  assert judge(claim, _diverging(a=a, b=b)).verdict == verdict
 
 
 def test_no_difference_needs_a_margin():

@@ -35,7 +35,7 @@ def test_all_arms_are_configs(recipe):
     names = [run.name for run in recipe.runs(profile)]
     assert len(set(names)) == len(names)
     for run in recipe.runs(profile):
-      assert run.mapping()["steps"] == recipe.scale(profile).steps
+      assert run.mapping()["steps"] == run.steps
 
 
 def test_arms_have_the_same_flops(recipe):

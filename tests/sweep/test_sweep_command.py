@@ -9,11 +9,14 @@ import pytest
 from fast_compilation import compile_fast  # noqa: F401
 from training import tiny
 
+from moe_jax.analysis.routing_measures import Measure
 from moe_jax.cli import main
 from moe_jax.errors import UserError
 from moe_jax.sweep import workers
-from moe_jax.sweep.recipe import load_recipe, with_point
-from moe_jax.sweep.results import cards_by_arm
+from moe_jax.sweep.recipe import Profile, Recipe, Scale, load_recipe, with_point
+from moe_jax.sweep.results import arm_rows, cards_by_arm, diverged_text
+from moe_jax.sweep.routing_history import by_name
+from moe_jax.sweep.running import finished_card, run_and_write
 from moe_jax.sweep.workers import Job, run_jobs
 
 RECIPE = str(Path(__file__).with_name("tiny_recipe.py"))
@@ -165,6 +168,51 @@ def test_failing_job_ends_the_sweep_with_what_it_said(tmp_path, monkeypatch):
   with pytest.raises(UserError, match="run bad ended with status 1 and said: the reason"):
     run_jobs(jobs, 1, lambda job: None)
   assert not (tmp_path / "logs/next.txt").exists()
+
+
+def _recipe(**fields) -> Recipe:
+  scale = Scale(steps=4, seeds=(0,), steps_of={"short": 2})
+  arms = {"short": tiny.mapping("dense"), "long": tiny.mapping("dense")}
+  texts = dict.fromkeys(("title", "hypothesis", "scaled_down", "matched"), "")
+  made = dict(name="made", arms=arms, scales={Profile.SMOKE: scale}, **texts)
+  return Recipe(**(made | fields))
+
+
+def test_arms_may_train_for_another_number_of_steps():
+  short, long = _recipe().runs("smoke")
+  assert (short.steps, long.steps) == (2, 4)
+  assert (short.mapping()["steps"], long.mapping()["steps"]) == (2, 4)
+  with pytest.raises(UserError, match="no arm 'shrot'; did you mean short"):
+    _recipe(scales={Profile.SMOKE: Scale(steps=4, seeds=(0,), steps_of={"shrot": 2})})
+
+
+def test_a_run_that_diverges_has_a_card_that_says_so(tmp_path):
+  arms = {"far": tiny.mapping("dense", optimizer__learning_rate=1e30, optimizer__clip_norm=0.0)}
+  recipe = _recipe(arms=arms, scales={Profile.SMOKE: Scale(steps=4, seeds=(0,))})
+  (run,) = recipe.runs("smoke")
+  card = run_and_write(run, tmp_path, tmp_path / "cards")
+  assert card["diverged"] == 1 and "not finite" in card["why"]
+  assert "eval" not in card and card["cpu_seconds"] > 0
+  assert finished_card(run, tmp_path / "cards")["why"] == card["why"]
+  (row,) = arm_rows(cards_by_arm(recipe, "smoke", tmp_path / "cards"))
+  assert (row.loss, row.diverged, diverged_text(row)) == (None, 1, "1 diverged")
+
+
+def test_measures_of_a_card_are_nested_by_name_step_and_layer():
+  measures = [
+    Measure("saturation", layer, value, None, step)
+    for step, values in {10: (0.2, 0.4), 20: (0.6, 0.7)}.items()
+    for layer, value in enumerate(values)
+  ] + [Measure("repetition_first", 0, 0.3, 0.1), Measure("repetition_first", 1, 0.5, 0.2)]
+  assert by_name(measures) == {
+    "saturation": {
+      "step_10": pytest.approx({"layer_0": 0.2, "layer_1": 0.4, "mean": 0.3, "max": 0.4}),
+      "step_20": pytest.approx({"layer_0": 0.6, "layer_1": 0.7, "mean": 0.65, "max": 0.7}),
+    },
+    "repetition_first": pytest.approx(
+      {"layer_0": 0.3, "layer_1": 0.5, "floor": 0.15, "mean": 0.4, "max": 0.5}
+    ),
+  }
 
 
 def test_train_metrics_are_means_over_the_last_steps(swept):
