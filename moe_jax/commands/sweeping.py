@@ -1,6 +1,7 @@
 """The command `moe-jax sweep`."""
 
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -60,6 +61,7 @@ def _do_all(
       folder=run_folder(run, workdir),
       log=cards / "logs" / f"{run.name}.txt",
       is_done=card_file(cards, run.arm, run.seed).exists,
+      may_start=partial(_source_is_done, run, cards),
     )
     for index, run in enumerate(runs)
     if not card_file(cards, run.arm, run.seed).exists()
@@ -70,6 +72,10 @@ def _do_all(
   judged = findings(recipe, args.profile, found)
   _print_findings(recipe, args.profile, judged)
   print(f"\ncards in {cards}; open {write_comparison(cards, recipe, found, judged)}")
+
+
+def _source_is_done(run: Run, cards: Path) -> bool:
+  return run.source is None or card_file(cards, run.source.arm, run.seed).exists()
 
 
 class _Progress:

@@ -22,12 +22,21 @@ def card_file(folder: Path, arm: str, seed: int) -> Path:
   return folder / f"{arm}_{seed}.json"
 
 
-def config_digest(mapping: Mapping[str, Any]) -> str:
-  """Returns 16 hex digits of what decides the contents of a run.
+def config_digest(mapping: Mapping[str, Any], start: Mapping[str, Any] | None = None) -> str:
+  """Returns 16 hex digits of what decides the contents of a run, and the steps it must save.
 
   Fields at their defaults are left out: one that is new, and changes nothing, leaves cards valid.
+
+  Args:
+    mapping: the config of the run.
+    start: where it starts, if not from new weights.
   """
-  chosen = identity(chosen_fields(experiment_from(dict(mapping))))
+  fields = chosen_fields(experiment_from(dict(mapping)))
+  chosen = identity(fields)
+  if steps := fields.get("checkpoint", {}).get("at"):
+    chosen["checkpoint"] = {"at": steps}
+  if start is not None:
+    chosen["start"] = start
   return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -40,7 +40,7 @@ def curves(folder: Path) -> dict[str, Any]:
     name.removeprefix("moe/"): mean
     for name, value in last[-1].items()
     if isinstance(value, int | float) and not name.startswith(_NO_TRAINING_METRICS)
-    if (mean := _mean([row[name] for row in last])) is not None
+    if (mean := _mean([row.get(name) for row in last])) is not None
   }
   of_layers = {name: mean for name, mean in means.items() if name.startswith("layer_")}
   whole = {name: mean for name, mean in means.items() if name not in of_layers}

@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_jax.choices import as_choice, did_you_mean
+from moe_jax.config import chosen_fields
 from moe_jax.config.load import run_file
 from moe_jax.errors import UserError
+from moe_jax.sweep.cards import config_digest
 from moe_jax.sweep.claims import Claim
 from moe_jax.sweep.hyper import Point
+from moe_jax.sweep.upcycled_start import UpcycledFrom
 from moe_jax.training.config import experiment_from
 
 
@@ -58,6 +61,7 @@ class Recipe:
     interventions: evaluations of the trained model under another router, by name: fields of the
       routing config as `moe-jax eval --arm` takes them.
     domains: name and source of each held-out text that is evaluated alone.
+    starts: of arms that go on from a checkpoint of another arm's run, instead of new weights.
     history: whether cards have the measures of `moe-jax analyze` too, over the checkpoints that
       `checkpoint.at` and `checkpoint.keep` leave, of the texts of `domains`.
   """
@@ -72,6 +76,7 @@ class Recipe:
   claims: tuple[Claim, ...] = ()
   interventions: Mapping[str, str] = dataclasses.field(default_factory=dict)
   domains: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  starts: Mapping[str, UpcycledFrom] = dataclasses.field(default_factory=dict)
   history: bool = False
 
   def __post_init__(self):
@@ -79,9 +84,17 @@ class Recipe:
     object.__setattr__(self, "scales", scales)
     named = [arm for claim in self.claims for arm in claim.arms]
     named += [arm for s in self.scales.values() for arm in (*s.arms, *s.steps_of)]
+    named += [arm for own, start in self.starts.items() for arm in (own, start.arm)]
     for arm in named:
       if arm not in self.arms:
         raise UserError(f"recipe {self.name} has no arm {arm!r}; {did_you_mean(arm, self.arms)}")
+    for scale in self.scales.values():
+      for arm in set(scale.arms) & self.starts.keys():
+        if self.starts[arm].arm not in scale.arms:
+          raise UserError(
+            f"recipe {self.name} runs arm {arm!r} without {self.starts[arm].arm!r}, from which it"
+            " starts; add it to the arms of that profile"
+          )
 
   def scale(self, profile: str) -> Scale:
     """Returns what a profile trains.
@@ -132,6 +145,24 @@ class Run:
   def steps(self) -> int:
     """Of its training."""
     return self.scale.steps_of.get(self.arm, self.scale.steps)
+
+  @property
+  def start(self) -> UpcycledFrom | None:
+    """Where it starts, if not from new weights."""
+    return self.recipe.starts.get(self.arm)
+
+  @property
+  def source(self) -> "Run | None":
+    """The run it starts from."""
+    return None if self.start is None else dataclasses.replace(self, arm=self.start.arm)
+
+  @property
+  def digest(self) -> str:
+    """Names what decides its contents, see `config_digest`."""
+    if self.start is None:
+      return config_digest(self.mapping())
+    origin = {"source": self.source.digest, **chosen_fields(self.start)}
+    return config_digest(self.mapping(), origin)
 
   def mapping(self) -> dict[str, Any]:
     """Returns its whole config, as `moe-jax train` would be given it.

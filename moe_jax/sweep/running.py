@@ -15,10 +15,11 @@ from moe_jax.data.builders import PreparedData, prepare
 from moe_jax.errors import DivergedRun, UserError
 from moe_jax.planning.count import count_parameters
 from moe_jax.planning.flops import training_flops_per_token
-from moe_jax.sweep.cards import Card, card_file, config_digest, read_card, write_card
+from moe_jax.sweep.cards import Card, card_file, read_card, write_card
 from moe_jax.sweep.measuring import curves, domain_texts, heldout
 from moe_jax.sweep.recipe import Run
 from moe_jax.sweep.routing_history import routing_history
+from moe_jax.sweep.upcycled_start import branch, write_start
 from moe_jax.training.config import ExperimentConfig, experiment_from
 from moe_jax.training.loop import run_steps
 from moe_jax.training.origin import origin_here
@@ -29,7 +30,7 @@ _COST_FILE = "cost.json"
 
 def run_folder(run: Run, workdir: Path) -> Path:
   """Returns the folder of a run, named by its config: recipes share what they have alike."""
-  return workdir / "trained" / config_digest(run.mapping())
+  return workdir / "trained" / run.digest
 
 
 def finished_card(run: Run, cards: Path) -> Card | None:
@@ -42,7 +43,7 @@ def finished_card(run: Run, cards: Path) -> Card | None:
   if not path.exists():
     return None
   card = read_card(path)
-  digest = config_digest(run.mapping())
+  digest = run.digest
   if card.get("config_digest") != digest:
     raise UserError(
       f"{path} is the card of another config than recipe {run.recipe.name} gives"
@@ -60,18 +61,21 @@ def run_and_write(run: Run, workdir: Path, cards: Path) -> Card:
     cards: folder of all cards.
 
   Raises:
-    UserError: the config is refused, or another process is at this run.
+    UserError: the config is refused, another process is at this run, or the run that it starts
+      from is still to be done.
   """
   mapping, folder = run.mapping(), run_folder(run, workdir)
   config = experiment_from(mapping)
   data = prepare(config.data)
   with claim_run(folder, mapping):
+    if run.start is not None:
+      write_start(run.start, run_folder(run.source, workdir), config, data, folder)
     found = _trained_and_measured(run, config, data, folder)
     card = {
       "recipe": run.recipe.name,
       "arm": run.arm,
       "seed": run.seed,
-      "config_digest": config_digest(mapping),
+      "config_digest": run.digest,
       **_size(config),
       **found,
       "cpu_seconds": _cpu_seconds(folder),
@@ -91,7 +95,8 @@ def _trained_and_measured(
       state, wall = run_steps(config, data, folder)
   except DivergedRun as error:
     return {"diverged": 1, "why": str(error)}
-  found = heldout(config, data, state.model, run.recipe.domains, run.recipe.interventions)
+  found = branch(folder) if run.start is not None else {}
+  found |= heldout(config, data, state.model, run.recipe.domains, run.recipe.interventions)
   if run.recipe.history:
     found["history"] = routing_history(config, folder, domain_texts(config, run.recipe.domains))
   return {"diverged": 0, **curves(folder), **found, "wall_seconds": wall}

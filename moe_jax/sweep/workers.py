@@ -35,6 +35,7 @@ class Job:
     folder: the run folder, which the process claims.
     log: file for what it prints.
     is_done: tells whether its card is there.
+    may_start: tells whether the run that it starts from is done.
   """
 
   name: str
@@ -42,6 +43,7 @@ class Job:
   folder: Path
   log: Path
   is_done: Callable[[], bool]
+  may_start: Callable[[], bool] = lambda: True
 
 
 def run_jobs(jobs: Sequence[Job], workers: int, on_done: Callable[[Job], None]) -> None:
@@ -61,7 +63,8 @@ def run_jobs(jobs: Sequence[Job], workers: int, on_done: Callable[[Job], None]) 
       for job in [job for job in waiting if job.is_done()]:
         waiting.remove(job)
         on_done(job)
-      for job in [job for job in waiting if not is_claimed(job.folder)][: len(free)]:
+      ready = [job for job in waiting if job.may_start() and not is_claimed(job.folder)]
+      for job in ready[: len(free)]:
         waiting.remove(job)
         cores = free.pop()
         running[job] = stack.enter_context(_started(job, cores)), cores

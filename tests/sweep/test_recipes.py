@@ -18,6 +18,7 @@ DEARER = {
   "capacity_top_n": ("top2_", "top3_"),
   "router_zoo": ("soft",),
   "data_efficiency": ("tiny_",),
+  "upcycling": ("upcycled", "scratch"),
 }
 
 
@@ -71,7 +72,9 @@ def test_what_changes_no_result_leaves_a_digest_as_it_is():
   assert config_digest(without) == digest
   spelt_out = with_point(mapping, {"moe.z_loss_weight": 0.0})
   assert config_digest(spelt_out) == digest
-  for point in ({"seed": 1}, {"moe.top_k": 2}, {"data.sequence_length": 16}, {"log.every": 2}):
+  # What is saved at single steps is what other runs start from.
+  points = [{"checkpoint.at": (2,)}, {"seed": 1}, {"moe.top_k": 2}, {"data.sequence_length": 16}]
+  for point in [*points, {"log.every": 2}]:
     assert config_digest(with_point(mapping, point)) != digest
 
 

@@ -1,5 +1,6 @@
 """The command `moe-jax sweep`: runs, cards, resuming, refusals."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -16,7 +17,8 @@ from moe_jax.sweep import workers
 from moe_jax.sweep.recipe import Profile, Recipe, Scale, load_recipe, with_point
 from moe_jax.sweep.results import arm_rows, cards_by_arm, diverged_text
 from moe_jax.sweep.routing_history import by_name
-from moe_jax.sweep.running import finished_card, run_and_write
+from moe_jax.sweep.running import finished_card, run_and_write, run_folder
+from moe_jax.sweep.upcycled_start import UpcycledFrom
 from moe_jax.sweep.workers import Job, run_jobs
 
 RECIPE = str(Path(__file__).with_name("tiny_recipe.py"))
@@ -196,6 +198,60 @@ def test_a_run_that_diverges_has_a_card_that_says_so(tmp_path):
   assert finished_card(run, tmp_path / "cards")["why"] == card["why"]
   (row,) = arm_rows(cards_by_arm(recipe, "smoke", tmp_path / "cards"))
   assert (row.loss, row.diverged, diverged_text(row)) == (None, 1, "1 diverged")
+
+
+def _upcycling_recipe() -> Recipe:
+  experts = dict(moe__top_k=2, moe__weighting="renormalized", moe__overflow="dropless")
+  sparse = tiny.mapping("moe", moe__dispatch="ragged", **experts)
+  dense = tiny.mapping("dense", checkpoint__at=(4,))
+  return _recipe(
+    arms={"dense": dense, "upcycled": sparse, "scratch": sparse},
+    starts={"upcycled": UpcycledFrom("dense", 4)},
+    scales={Profile.SMOKE: Scale(steps=6, seeds=(0,))},
+  )
+
+
+def test_an_arm_starts_from_the_upcycled_checkpoint_of_another(tmp_path):
+  recipe, cards = _upcycling_recipe(), tmp_path / "cards"
+  dense, upcycled, scratch = recipe.runs("smoke")
+  assert upcycled.mapping() == scratch.mapping()
+  assert len({run_folder(run, tmp_path) for run in (dense, upcycled, scratch)}) == 3
+  with pytest.raises(UserError, match="no checkpoint of step 4, .* run of arm dense"):
+    run_and_write(upcycled, tmp_path, cards)
+  rows = {}
+  for run in (dense, upcycled):
+    card = run_and_write(run, tmp_path, cards)
+    lines = (run_folder(run, tmp_path) / "metrics.jsonl").read_text().splitlines()
+    rows[run.arm] = [json.loads(line) for line in lines]
+  assert card["branch"]["relative_difference"] < 1e-5
+  assert card["branch"]["max_logit"] > 0.1
+  assert [row["step"] for row in rows["upcycled"]] == [1, 2, 3, 4, 5, 6]
+  assert rows["upcycled"][:4] == rows["dense"][:4]
+  # The fifth step sees the same batch with the same function.
+  first, other = (rows[arm][4] for arm in ("upcycled", "dense"))
+  assert "moe/max_violation" in first and "moe/max_violation" not in other
+  assert first["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+def test_arms_that_start_from_another_need_it():
+  recipe = _upcycling_recipe()
+  with pytest.raises(UserError, match="runs arm 'upcycled' without 'dense', from which it starts"):
+    scales = {Profile.SMOKE: Scale(steps=6, seeds=(0,), arms=("upcycled",))}
+    dataclasses.replace(recipe, scales=scales)
+  with pytest.raises(UserError, match="no arm 'dens'; did you mean dense"):
+    dataclasses.replace(recipe, starts={"upcycled": UpcycledFrom("dens", 4)})
+
+
+def test_a_job_waits_for_the_one_that_it_starts_from(tmp_path, monkeypatch):
+  monkeypatch.setattr(workers, "_POLL_SECONDS", 0.02)
+  write = "open({card!r}, 'w').close()"
+  first = _job(tmp_path, "first", write)
+  # Would fail if it were started before.
+  needs = f"open({str(tmp_path / 'first.json')!r}); " + write
+  second = dataclasses.replace(_job(tmp_path, "second", needs), may_start=first.is_done)
+  done = []
+  run_jobs([second, first], 2, lambda job: done.append(job.name))
+  assert done == ["first", "second"]
 
 
 def test_measures_of_a_card_are_nested_by_name_step_and_layer():

@@ -4,9 +4,9 @@ import json
 
 from training import tiny
 
-from experiments.upcycling.compare import ARMS, RUN, table
+from experiments.upcycled_quickstart.compare import ARMS, RUN, table
 
-FOLDER = tiny.ROOT / "experiments/upcycling"
+FOLDER = tiny.ROOT / "experiments/upcycled_quickstart"
 
 
 def arm(end):

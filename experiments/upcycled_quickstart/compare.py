@@ -1,6 +1,7 @@
 """Upcycles the dense quickstart and trains it on, against the dense model trained on.
 
-  python -m experiments.upcycling.compare --workdir=runs/upcycling [--seeds=0,1,2] [FIELD=VALUE ...]
+  python -m experiments.upcycled_quickstart.compare --workdir=runs/upcycled_quickstart
+    [--seeds=0,1,2] [FIELD=VALUE ...]
 
 Writes results.json into --out and prints the table. A run that is there already is not trained
 again, and one that was interrupted goes on. FIELD=VALUE changes the config of the dense run.
@@ -129,7 +130,7 @@ def _branch(arm: str, workdir: Path, seed: int) -> float:
 
 def _arguments() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--workdir", type=Path, default=Path("runs/upcycling"))
+  parser.add_argument("--workdir", type=Path, default=Path("runs/upcycled_quickstart"))
   parser.add_argument("--out", type=Path, default=_HERE)
   parser.add_argument("--seeds", default="0,1,2")
   parser.add_argument("--arms", default=",".join(ARMS))
