@@ -13,13 +13,14 @@ from moe_jax.sweep.cards import Card
 from moe_jax.sweep.claims import Claim, Finding, expectation, judge
 from moe_jax.sweep.figures import draw_curves
 from moe_jax.sweep.paper_values import PaperValue, read_paper_values
+from moe_jax.sweep.printed_sizes import PrintedSizes, load_sizes, size_rows, sizes_page
 from moe_jax.sweep.recipe import Profile, Recipe, Scale, load_recipe
 from moe_jax.sweep.results import ArmRow, arm_rows, diverged_text
 from moe_jax.sweep.running import finished_card
 from moe_jax.sweep.statistics import Interval
 
 CONFIG_FILE, CARDS, PAGE, FIGURE = "config.py", "cards", "README.md", "curves.svg"
-RESULTS_FILE, VALUES_FILE = "RESULTS.md", "paper_values.yaml"
+RESULTS_FILE, VALUES_FILE, SIZES_FILE = "RESULTS.md", "paper_values.yaml", "sizes.py"
 _GENERATED = "<!-- Written by `moe-jax report experiments/`; do not edit. -->"
 _NOT_RUN = "not run yet"
 
@@ -62,7 +63,10 @@ def write_pages(root: Path) -> list[Path]:
   """
   values = read_paper_values(root / VALUES_FILE)
   results = [load_results(path) for path in sorted(root.glob(f"*/{CONFIG_FILE}"))]
-  pages = {root / RESULTS_FILE: leaderboard(results, values)}
+  sizes = {path.parent: load_sizes(str(path)) for path in sorted(root.glob(f"*/{SIZES_FILE}"))}
+  pages = {root / RESULTS_FILE: leaderboard(results, values, sizes)}
+  for folder, own in sizes.items():
+    pages[folder / PAGE] = f"{_GENERATED}\n{sizes_page(own)}"
   for each in results:
     pages[each.folder / PAGE] = recipe_page(each, values)
     if each.cards:
@@ -83,8 +87,12 @@ def load_results(config: Path) -> Results:
   return Results(recipe, folder, cards, missing)
 
 
-def leaderboard(results: Sequence[Results], values: Mapping[str, PaperValue]) -> str:
-  """Returns RESULTS.md."""
+def leaderboard(
+  results: Sequence[Results],
+  values: Mapping[str, PaperValue],
+  sizes: Mapping[Path, PrintedSizes],
+) -> str:
+  """Returns RESULTS.md: claims that were trained for, and parameter counts by their folder."""
   rows = [_claim_row(each, claim, values) for each in results for claim in each.recipe.claims]
   return "\n".join(
     [
@@ -97,8 +105,25 @@ def leaderboard(results: Sequence[Results], values: Mapping[str, PaperValue]) ->
       "",
       *_table(["recipe", "claim", "paper", "expected", "ours", "seeds", "verdict", "commit"], rows),
       "",
+      *(line for folder, own in sizes.items() for line in _sizes_section(folder.name, own)),
     ]
   )
+
+
+def _sizes_section(name: str, sizes: PrintedSizes) -> list[str]:
+  return [
+    "## Parameter counts that papers print",
+    "",
+    "Exact counts of the published sizes; REPRODUCED if they round to the printed digits, for the",
+    "active ones with or without embeddings, which papers leave out as they like.",
+    f"[{name}]({name}) has all conventions and what explains the differences.",
+    "",
+    *_table(
+      ["model", "count", "printed", "exact", "difference", "verdict", "config"],
+      size_rows(sizes.figures),
+    ),
+    "",
+  ]
 
 
 def recipe_page(results: Results, values: Mapping[str, PaperValue]) -> str:

@@ -1,25 +1,10 @@
-"""Parameter counts as papers, model cards and popular summaries print them."""
+"""E01: parameter counts as papers, model cards and popular summaries print them."""
 
-import dataclasses
-
-
-@dataclasses.dataclass(frozen=True)
-class Figure:
-  """A model and its printed counts, such as "46.7B", None where there is none to quote.
-
-  The note says why they differ from the exact ones if they do.
-  """
-
-  name: str
-  config: str
-  total: str | None
-  active: str | None
-  note: str = ""
-
+from moe_jax.sweep.printed_sizes import Figure, PrintedSizes, WrongClaim
 
 _ROUND = "printed active figure is a round number"
 
-FIGURES = (
+_FIGURES = (
   Figure(
     "GLaM 0.1B",
     "configs/glam.py:0_1b",
@@ -180,35 +165,31 @@ FIGURES = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Claim:
-  """A count in circulation that no arithmetic of the model gives."""
-
-  text: str
-  config: str
-  reason: str
-
-
-CLAIMS = (
-  Claim(
+_WRONG = (
+  WrongClaim(
     "Mixtral 8x7B has 56B parameters",
     "configs/mixtral.py:8x7b",
     "8 x 7 also multiplies attention, embedding and head, which the model has once",
   ),
-  Claim(
+  WrongClaim(
     "Mixtral 8x7B has 1.7T parameters",
     "configs/mixtral.py:8x7b",
     "36 times too many; models of that size are others, such as Switch-C (1.57T)",
   ),
-  Claim("Mixtral 8x22B has 176B parameters", "configs/mixtral.py:8x22b", "8 x 22, as above"),
-  Claim(
+  WrongClaim("Mixtral 8x22B has 176B parameters", "configs/mixtral.py:8x22b", "8 x 22, as above"),
+  WrongClaim(
     "Switch-XXL has 64 experts",
     "configs/switch.py:xxl",
     "printed in the paper's Table 9 beside 395B, which takes 128",
   ),
-  Claim(
+  WrongClaim(
     "GLaM 1.7B/32E has 20B parameters",
     "configs/glam.py:1_7b_32e",
     "printed in the paper's Table 4; half of the experts of 1.7B/64E, whose 27B is right",
   ),
 )
+
+
+def get_sizes() -> PrintedSizes:
+  """Returns what is printed."""
+  return PrintedSizes(_FIGURES, _WRONG)

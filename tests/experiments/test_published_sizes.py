@@ -1,4 +1,4 @@
-"""The page of printed and exact counts is what its script writes, and explains every difference."""
+"""Printed and exact counts: every published size has its row, every difference its remark."""
 
 import json
 import re
@@ -6,13 +6,10 @@ import re
 import pytest
 from training import tiny
 
-from experiments.published_sizes.figures import CLAIMS, FIGURES
-from experiments.published_sizes.table import README, agrees, convention, count, page
+from moe_jax.sweep.printed_sizes import agrees, convention, count, load_sizes, size_rows
 
-
-def test_the_page_is_up_to_date(monkeypatch):
-  monkeypatch.chdir(tiny.ROOT)
-  assert README.read_text() == page()
+SIZES = load_sizes(str(tiny.ROOT / "experiments/published_sizes/sizes.py"))
+FIGURES, CLAIMS = SIZES.figures, SIZES.wrong
 
 
 @pytest.mark.parametrize("figure", FIGURES, ids=lambda figure: figure.name)
@@ -44,3 +41,18 @@ def test_the_known_errors_are_named():
   text = " ".join(claim.text for claim in CLAIMS)
   for wrong in ("8x7B has 56B", "8x7B has 1.7T", "8x22B has 176B", "32E has 20B"):
     assert wrong in text
+
+
+def test_rows_of_results_have_the_nearest_convention(monkeypatch):
+  monkeypatch.chdir(tiny.ROOT)
+  rows = {tuple(row[:2]): row[2:] for row in size_rows(FIGURES)}
+  assert rows["Mixtral 8x7B", "total"][:4] == [
+    "46.7B",
+    "46,702,792,704",
+    "+0.01 %",
+    "**REPRODUCED**",
+  ]
+  # Without the input embedding; 37.6 B with it.
+  assert rows["DeepSeek-V3", "active"][1:4] == ["36,625,603,584", "-1.01 %", "**REPRODUCED**"]
+  assert rows["GLaM 1.7B/32E", "total"][2:4] == ["-30.21 %", "**NOT REPRODUCED**"]
+  assert ("Switch-C", "active") not in rows
