@@ -7,6 +7,7 @@ from moe_jax.config import to_mapping
 from moe_jax.moe import Overflow, RoutingConfig
 from moe_jax.moe.registry import Chooser
 from moe_jax.sharding.config import ShardingConfig
+from moe_jax.sweep.recipe import Scale
 from moe_jax.training.faults_config import FaultsConfig
 
 DOMAINS = {"addresses": "sotu_1790_1870", "python": "python_3_11", "bible": "king_james"}
@@ -34,6 +35,15 @@ class Size:
 
 NANO = Size(64, 2, 256, (("attention:FFN", 2),))
 TINY = Size(128, 4, 512, (("attention:dense attention:FFN", 2),))
+# For one accelerator: 19 million active parameters, 65 million tokens.
+SMALL = Size(512, 16, 2048, (("attention:FFN", 6),))
+_SMALL_STEPS = 4000
+_SMALL_POINT = {
+  "batch_size": 128,
+  "model.dtype": "bfloat16",
+  "optimizer.learning_rate": 1e-3,
+  "optimizer.warmup_steps": 400,
+}
 
 
 def language_model(
@@ -84,6 +94,11 @@ def language_model(
     "dispatch": _dispatch(routing),
   }
   return mapping | {"moe": {**experts, **to_mapping(routing), **(moe or {})}}
+
+
+def on_gpu(configs: dict[str, dict[str, Any]]) -> Scale:
+  """Returns the scale of the gpu profile of arms of the size SMALL."""
+  return Scale(steps=_SMALL_STEPS, seeds=(0, 1, 2), configs=configs, point=_SMALL_POINT)
 
 
 def _model(size: Size, kind: str) -> dict[str, Any]:

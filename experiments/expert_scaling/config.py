@@ -1,6 +1,6 @@
 """E03: more experts at the same FLOPs, and the law of Clark et al. (arXiv 2202.01169)."""
 
-from experiments.models import DOMAINS, NANO, language_model
+from experiments.models import DOMAINS, NANO, SMALL, Size, language_model, on_gpu
 from experiments.routers import switch
 from moe_jax.sweep.claims import Claim, Contrast, Expects, Rank, Slope
 from moe_jax.sweep.recipe import Profile, Recipe, Scale
@@ -10,10 +10,7 @@ EXPERTS = (1, 2, 4, 8, 16, 32)
 
 def get_recipe() -> Recipe:
   """Returns the recipe."""
-  arms = {"experts_1": language_model(NANO)}
-  for count in EXPERTS[1:]:
-    router = switch(num_experts=count, overflow="dropless")
-    arms[f"experts_{count}"] = language_model(NANO, router)
+  arms = _arms(NANO)
   names = tuple(arms)
   return Recipe(
     name="expert_scaling",
@@ -32,6 +29,7 @@ def get_recipe() -> Recipe:
       Profile.SMOKE: Scale(steps=60, seeds=(0,), arms=names[:2]),
       Profile.CPU: Scale(steps=4000, seeds=(0, 1), arms=(names[0], names[2], names[3])),
       Profile.FULL: Scale(steps=4000, seeds=(0, 1, 2)),
+      Profile.GPU: on_gpu(_arms(SMALL)),
     },
     claims=(
       Claim(
@@ -59,3 +57,11 @@ def get_recipe() -> Recipe:
     ),
     domains=DOMAINS,
   )
+
+
+def _arms(size: Size) -> dict[str, dict]:
+  arms = {"experts_1": language_model(size)}
+  for count in EXPERTS[1:]:
+    router = switch(num_experts=count, overflow="dropless")
+    arms[f"experts_{count}"] = language_model(size, router)
+  return arms

@@ -1,6 +1,6 @@
 """E09: routers of ten papers on one model, at equal active FLOPs."""
 
-from experiments.models import DOMAINS, NANO, language_model
+from experiments.models import DOMAINS, NANO, SMALL, Size, language_model, on_gpu
 from experiments.routers import NUM_EXPERTS, fine_grained, switch
 from moe_jax.moe import preset
 from moe_jax.sweep.claims import Claim, Contrast, Expects, Rank
@@ -11,6 +11,32 @@ _PAGE = ("dense", "random", "hash", "top1", "top2_halves")
 
 def get_recipe() -> Recipe:
   """Returns the recipe."""
+  return Recipe(
+    name="router_zoo",
+    title="Routers of ten papers at equal active FLOPs",
+    hypothesis=(
+      "At equal active FLOPs routers order as random, dense, hash, Switch, top-2, "
+      "fine-grained, the last one best (DeepSeekMoE Table 1, Hash Layers, S-BASE)."
+    ),
+    scaled_down=(
+      "8 experts; bytes in place of subwords, of which a hash knows much less. Expert "
+      "choice and Soft MoE look at later tokens of the sequence: their losses are no "
+      "predictions, they are listed and not judged."
+    ),
+    matched="active parameters and FLOPs, but those of routers; nothing is dropped",
+    arms=_arms(NANO),
+    scales={
+      Profile.SMOKE: Scale(steps=60, seeds=(0,), arms=_PAGE),
+      Profile.CPU: Scale(steps=4000, seeds=(0, 1), arms=_PAGE),
+      Profile.FULL: Scale(steps=4000, seeds=(0, 1, 2)),
+      Profile.GPU: on_gpu(_arms(SMALL)),
+    },
+    claims=_claims(),
+    domains=DOMAINS,
+  )
+
+
+def _arms(size: Size) -> dict[str, dict]:
   own = {"num_experts": NUM_EXPERTS}
   # What one expert a token costs: c = 1, and as many slots as a sequence has tokens.
   expert_choice = preset("expert_choice", top_k=1, grouping="sequence", **own)
@@ -29,33 +55,12 @@ def get_recipe() -> Recipe:
     "expert_choice": expert_choice,
     "soft": soft,
   }
-  arms = {"dense": language_model(NANO)}
-  arms |= {name: language_model(NANO, router) for name, router in routers.items()}
+  arms = {"dense": language_model(size)}
+  arms |= {name: language_model(size, router) for name, router in routers.items()}
   for name, times in (("top2_halves", 2), ("top4_quarters", 4)):
     router = fine_grained(times, overflow="dropless")
-    arms[name] = language_model(NANO, router, expert_dim=NANO.hidden_dim // times)
-  return Recipe(
-    name="router_zoo",
-    title="Routers of ten papers at equal active FLOPs",
-    hypothesis=(
-      "At equal active FLOPs routers order as random, dense, hash, Switch, top-2, "
-      "fine-grained, the last one best (DeepSeekMoE Table 1, Hash Layers, S-BASE)."
-    ),
-    scaled_down=(
-      "8 experts; bytes in place of subwords, of which a hash knows much less. Expert "
-      "choice and Soft MoE look at later tokens of the sequence: their losses are no "
-      "predictions, they are listed and not judged."
-    ),
-    matched="active parameters and FLOPs, but those of routers; nothing is dropped",
-    arms=arms,
-    scales={
-      Profile.SMOKE: Scale(steps=60, seeds=(0,), arms=_PAGE),
-      Profile.CPU: Scale(steps=4000, seeds=(0, 1), arms=_PAGE),
-      Profile.FULL: Scale(steps=4000, seeds=(0, 1, 2)),
-    },
-    claims=_claims(),
-    domains=DOMAINS,
-  )
+    arms[name] = language_model(size, router, expert_dim=size.hidden_dim // times)
+  return arms
 
 
 def _claims() -> tuple[Claim, ...]:

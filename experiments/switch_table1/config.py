@@ -1,6 +1,6 @@
 """E02: Table 1 of Switch Transformers: dense, top-1 and top-2 at three capacity factors."""
 
-from experiments.models import DOMAINS, NANO, language_model
+from experiments.models import DOMAINS, NANO, SMALL, Size, language_model, on_gpu
 from experiments.routers import fine_grained, switch
 from moe_jax.sweep.claims import Claim, Contrast, Expects
 from moe_jax.sweep.recipe import Profile, Recipe, Scale
@@ -10,12 +10,6 @@ FACTORS = (1.0, 1.25, 2.0)
 
 def get_recipe() -> Recipe:
   """Returns the recipe."""
-  arms = {"dense": language_model(NANO)}
-  for top_k in (1, 2):
-    for factor in FACTORS:
-      arms[f"top{top_k}_{factor:g}"] = language_model(NANO, switch(factor, top_k))
-  # Top-2 costs the FLOPs of two experts: halves of experts compare at equal ones.
-  arms["top2_halves"] = language_model(NANO, fine_grained(2), expert_dim=NANO.hidden_dim // 2)
   return Recipe(
     name="switch_table1",
     title="Switch Table 1: dense, top-1 and top-2 at three capacity factors",
@@ -29,11 +23,12 @@ def get_recipe() -> Recipe:
       "layer of T5-Base; 8.2 million bytes."
     ),
     matched="active parameters and FLOPs, but top-2 of whole experts, which has more of both",
-    arms=arms,
+    arms=_arms(NANO),
     scales={
       Profile.SMOKE: Scale(steps=60, seeds=(0,), arms=("dense", "top1_1.25", "top2_1.25")),
       Profile.CPU: Scale(steps=4000, seeds=(0, 1, 2), arms=("dense", "top1_1.25")),
       Profile.FULL: Scale(steps=4000, seeds=(0, 1, 2)),
+      Profile.GPU: on_gpu(_arms(SMALL)),
     },
     claims=_claims(),
     interventions={
@@ -41,6 +36,16 @@ def get_recipe() -> Recipe:
     },
     domains=DOMAINS,
   )
+
+
+def _arms(size: Size) -> dict[str, dict]:
+  arms = {"dense": language_model(size)}
+  for top_k in (1, 2):
+    for factor in FACTORS:
+      arms[f"top{top_k}_{factor:g}"] = language_model(size, switch(factor, top_k))
+  # Top-2 costs the FLOPs of two experts: halves of experts compare at equal ones.
+  arms["top2_halves"] = language_model(size, fine_grained(2), expert_dim=size.hidden_dim // 2)
+  return arms
 
 
 def _claims() -> tuple[Claim, ...]:

@@ -35,6 +35,7 @@ class Scale:
     seeds: of the runs of each arm.
     arms: that are run; empty = all.
     steps_of: of arms that train for another number of steps.
+    configs: of arms that have another config than the recipe's own, as a larger model.
     point: fields of every config that the profile sets besides.
   """
 
@@ -42,6 +43,7 @@ class Scale:
   seeds: tuple[int, ...]
   arms: tuple[str, ...] = ()
   steps_of: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  configs: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
   point: Point = dataclasses.field(default_factory=dict)
 
 
@@ -83,7 +85,7 @@ class Recipe:
     scales = {as_choice(Profile, "profile", name): scale for name, scale in self.scales.items()}
     object.__setattr__(self, "scales", scales)
     named = [arm for claim in self.claims for arm in claim.arms]
-    named += [arm for s in self.scales.values() for arm in (*s.arms, *s.steps_of)]
+    named += [arm for s in self.scales.values() for arm in (*s.arms, *s.steps_of, *s.configs)]
     named += [arm for own, start in self.starts.items() for arm in (own, start.arm)]
     for arm in named:
       if arm not in self.arms:
@@ -171,7 +173,8 @@ class Run:
       UserError: a field that the arm's config lacks, or a value that is refused.
     """
     point = {**self.scale.point, "seed": self.seed, "steps": self.steps}
-    mapping = with_point(self.recipe.arms[self.arm], point)
+    config = self.scale.configs.get(self.arm, self.recipe.arms[self.arm])
+    mapping = with_point(config, point)
     experiment_from(mapping)
     return mapping
 

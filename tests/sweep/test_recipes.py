@@ -40,13 +40,15 @@ def test_all_arms_are_configs(recipe):
 
 
 def test_arms_have_the_same_flops(recipe):
-  flops = {
-    name: training_flops_per_token(experiment_from({**arm, "steps": 1}).model, 128)
-    for name, arm in recipe.arms.items()
-    if not name.startswith(DEARER.get(recipe.name, ("-",))) or name == "top2_halves"
-  }
-  # Routers differ in size; all else is equal.
-  assert max(flops.values()) / min(flops.values()) < 1.06, flops
+  dearer = DEARER.get(recipe.name, ("-",))
+  for arms in (recipe.arms, *(scale.configs for scale in recipe.scales.values() if scale.configs)):
+    flops = {
+      name: training_flops_per_token(experiment_from({**arm, "steps": 1}).model, 128)
+      for name, arm in arms.items()
+      if not name.startswith(dearer) or name == "top2_halves"
+    }
+    # Routers differ in size; all else is equal.
+    assert max(flops.values()) / min(flops.values()) < 1.06, flops
 
 
 def test_claims_about_quality_have_tokens_and_seeds(recipe):
