@@ -298,7 +298,7 @@ def _judge_equality(claim: Claim, values: Sequence[float], measured: Interval) -
   if measured.low >= claim.bound or measured.high <= -claim.bound:
     return Finding(claim, Verdict.NOT_REPRODUCED, measured)
   room = claim.bound - abs(measured.mean)
-  return _inconclusive(claim, values, measured, room, 0.9)
+  return _inconclusive(claim, values, measured, abs(room), 0.9 if room > 0 else 0.95)
 
 
 def _judge_side(claim: Claim, values: Sequence[float], measured: Interval, noise: float) -> Finding:

@@ -101,9 +101,10 @@ def leaderboard(
       "",
       "Losses are held-out nats per token, dropless. *Ours* is the mean over seeds of the paired",
       "difference (or of what the claim names) with its 95 % interval. The rules are those of",
-      "`moe_jax.sweep.claims`, written down with their margins before the runs.",
+      "`moe_jax.sweep.claims`, written down with their margins before the runs. *Cost* is in CPU",
+      "minutes of the runs that the claim reads; claims and recipes share runs.",
       "",
-      *_table(["recipe", "claim", "paper", "expected", "ours", "seeds", "verdict", "commit"], rows),
+      *_table(_CLAIM_HEAD, rows),
       "",
       *(line for folder, own in sizes.items() for line in _sizes_section(folder.name, own)),
     ]
@@ -129,7 +130,6 @@ def _sizes_section(name: str, sizes: PrintedSizes) -> list[str]:
 def recipe_page(results: Results, values: Mapping[str, PaperValue]) -> str:
   """Returns the README of a recipe."""
   recipe, scale = results.recipe, results.recipe.scale(Profile.FULL)
-  command = f"moe-jax sweep --config=experiments/{recipe.name}/{CONFIG_FILE}"
   parts = [
     _GENERATED,
     f"# {recipe.title}",
@@ -140,7 +140,7 @@ def recipe_page(results: Results, values: Mapping[str, PaperValue]) -> str:
     "",
     f"**Matched by** {recipe.matched}.",
     "",
-    f"**Command.** `{command} --profile=full --workers=2`: {len(recipe.runs(Profile.FULL))} runs"
+    f"**Command.** `{_command(recipe)} --workers=2`: {len(recipe.runs(Profile.FULL))} runs"
     f" of {scale.steps:,} steps{_other_steps(scale)},"
     f" seeds {', '.join(map(str, scale.seeds))}{_cost(results)}",
     "",
@@ -160,6 +160,8 @@ def recipe_page(results: Results, values: Mapping[str, PaperValue]) -> str:
   return "\n".join(parts)
 
 
+_CLAIM_HEAD = ["recipe", "claim", "paper", "expected", "ours", "seeds", "verdict", "command"]
+_CLAIM_HEAD += ["cost", "commit"]
 _ARM_HEAD = ["arm", "parameters", "active", "FLOPs per token", "held-out nats"]
 _ARM_HEAD += ["held-out max violation", "dropped in training", "CPU s a run"]
 
@@ -169,12 +171,20 @@ def _other_steps(scale: Scale) -> str:
   return f" ({', '.join(each)})" if each else ""
 
 
+def _command(recipe: Recipe) -> str:
+  config = f"experiments/{recipe.name}/{CONFIG_FILE}"
+  return f"moe-jax sweep --config={config} --profile={Profile.FULL}"
+
+
 def _cost(results: Results) -> str:
   cards = [card for own in results.cards.values() for card in own]
   if not cards:
     return "."
-  minutes = sum(card["cpu_seconds"] for card in cards) / 60
-  return f". Cost: {minutes:.0f} CPU minutes for the {len(cards)} runs below."
+  return f". Cost: {_minutes(cards):.0f} CPU minutes for the {len(cards)} runs below."
+
+
+def _minutes(cards: Sequence[Card]) -> float:
+  return sum(card["cpu_seconds"] for card in cards) / 60
 
 
 def _claim_row(results: Results, claim: Claim, values: Mapping[str, PaperValue]) -> list[str]:
@@ -182,7 +192,11 @@ def _claim_row(results: Results, claim: Claim, values: Mapping[str, PaperValue])
   name = results.recipe.name
   cells = _own_claim_row(results, claim, values)
   seeds = "" if finding is None or finding.measured is None else str(finding.measured.n)
-  return [f"[{name}]({name})", *cells[:4], seeds, cells[4], _commits(results, claim)]
+  cards = [card for arm in claim.arms for card in results.cards.get(arm, ())]
+  cost = f"{_minutes(cards):.0f}" if finding else ""
+  commits = ", ".join(sorted({str(card["origin"]["commit"]) for card in cards}))
+  command = f"`{_command(results.recipe)}`"
+  return [f"[{name}]({name})", *cells[:4], seeds, cells[4], command, cost, commits]
 
 
 def _own_claim_row(results: Results, claim: Claim, values: Mapping[str, PaperValue]) -> list[str]:
@@ -203,11 +217,6 @@ def _paper(claim: Claim, values: Mapping[str, PaperValue]) -> str:
   number = "" if value.value is None else f"{value.value:g} {value.unit}: "
   doubt = "" if value.verified else " (not checked in the paper)"
   return f"{number}{value.note}; {value.source}{doubt}"
-
-
-def _commits(results: Results, claim: Claim) -> str:
-  cards = [card for arm in claim.arms for card in results.cards.get(arm, ())]
-  return ", ".join(sorted({str(card["origin"]["commit"]) for card in cards}))
 
 
 def _interval(value: Interval) -> str:

@@ -79,6 +79,17 @@ def test_inconclusive_tells_the_seeds_that_would_settle_it():
   assert n > 3
 
 
+@pytest.mark.parametrize("middle", [0.01, 0.03])
+def test_so_it_does_of_no_difference_on_either_side_of_the_margin(middle):
+  differences = [middle + off for off in (-0.015, 0.0, 0.015)]
+  claim = _claim(Expects.NO_DIFFERENCE, 0.02)
+  finding = judge(claim, _cards(a=_shifted(*differences), b=BASE))
+  assert finding.verdict == Verdict.INCONCLUSIVE
+  n = int(finding.why.split("n = ")[1].split()[0])
+  # The room is 0.67 spreads; t / sqrt(n) falls below that at 9 (90 %) and at 12 seeds (95 %).
+  assert n == {0.01: 9, 0.03: 12}[middle]
+
+
 def test_one_seed_decides_nothing():
   finding = judge(_claim(Expects.ABOVE), _cards(a=(9.0,), b=(1.0,)))
   assert finding.verdict == Verdict.INCONCLUSIVE
