@@ -69,19 +69,20 @@ def has_diverged(card: Card) -> bool:
 
 
 def metric(card: Card, name: str) -> float:
-  """Returns a number of a card by its dotted path.
+  """Returns a number of a card by its dotted path; names within it may have dots too, as `at_1.25`.
 
   Raises:
     UserError: the card has no such number; names the nearest of that place.
   """
-  place: Any = card
-  for part in name.split("."):
-    if not isinstance(place, Mapping) or part not in place:
-      known = place if isinstance(place, Mapping) else ()
+  place, parts = card, name.split(".")
+  while parts:
+    known = place if isinstance(place, Mapping) else {}
+    lengths = [n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in known]
+    if not lengths:
       raise UserError(
-        f"the card of {card.get('arm')} has no metric {name!r}; {did_you_mean(part, known)}"
+        f"the card of {card.get('arm')} has no metric {name!r}; {did_you_mean(parts[0], known)}"
       )
-    place = place[part]
+    place, parts = place[".".join(parts[: lengths[0]])], parts[lengths[0] :]
   if isinstance(place, bool) or not isinstance(place, int | float):
     raise UserError(f"{name!r} of the card of {card.get('arm')} is {place!r}, and no number")
   return float(place)

@@ -3,6 +3,7 @@
 import pytest
 
 from moe_jax.errors import UserError
+from moe_jax.sweep.cards import metric
 from moe_jax.sweep.claims import (
   Claim,
   Contrast,
@@ -185,6 +186,13 @@ def test_a_metric_that_cards_lack_is_named_with_the_nearest():
   statistic = Contrast("eval.lss", "a", "b")
   with pytest.raises(UserError, match="did you mean loss"):
     judge(_claim(Expects.ABOVE, statistic=statistic), _cards(a=BASE, b=BASE))
+
+
+def test_names_within_a_metric_may_have_dots():
+  card = {"arm": "a", "interventions": {"at_1.25": {"loss": 1.5}, "at_1": {"25": 2.0}}}
+  assert metric(card, "interventions.at_1.25.loss") == 1.5
+  with pytest.raises(UserError, match="no metric 'interventions.at_1.5.loss'"):
+    metric(card, "interventions.at_1.5.loss")
 
 
 def test_a_speedup_is_read_off_the_curves():

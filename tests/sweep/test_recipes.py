@@ -60,6 +60,15 @@ def test_claims_about_quality_have_tokens_and_seeds(recipe):
   assert recipe.judged(Profile.FULL) == recipe.claims
 
 
+def test_claims_read_interventions_that_are_made(recipe):
+  under = {f"interventions.{name}" for name in recipe.interventions}
+  for claim in recipe.claims:
+    fields = vars(claim.statistic)
+    for metric in (fields.get("metric", ""), fields.get("own_metric_of_against", "")):
+      if metric.startswith("interventions."):
+        assert metric.rpartition(".")[0] in under, claim.name
+
+
 def test_papers_are_quoted_from_the_one_list(recipe):
   values = read_paper_values(tiny.ROOT / "experiments" / "paper_values.yaml")
   for claim in recipe.claims:
