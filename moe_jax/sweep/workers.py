@@ -1,7 +1,8 @@
 """Runs of a sweep as processes of their own, a few at a time.
 
 A process each, so that a run is resumed like any other, a crash costs one run, and each has a core
-to itself. Several sweeps may work on one folder, on one host or several that share it: a run that
+to itself. One vmapped program for all seeds would be slower on a CPU, see
+`experiments.benchmarks.vmapped_seeds`. Several sweeps may work on one folder, on one host or several that share it: a run that
 another holds is left to it.
 """
 
