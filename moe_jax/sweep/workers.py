@@ -2,8 +2,8 @@
 
 A process each, so that a run is resumed like any other, a crash costs one run, and each has a core
 to itself. One vmapped program for all seeds would be slower on a CPU, see
-`experiments.benchmarks.vmapped_seeds`. Several sweeps may work on one folder, on one host or several that share it: a run that
-another holds is left to it.
+`experiments.benchmarks.vmapped_seeds`. Several sweeps may work on one folder, on one host or
+several that share it: a run that another holds is left to it.
 """
 
 import contextlib
