@@ -30,8 +30,8 @@ def evaluate(args: SimpleNamespace) -> None:
     check_replay(config.model, replayed)
   evaluator = Evaluator(config, prepare(config.data))
   print(f"{workdir} at step {step}, held-out:")
-  _show("dropless", evaluator.dropless(model))
-  at_capacity = evaluator.at_training_capacity(model)
+  dropless, at_capacity = evaluator.both(model)
+  _show("dropless", dropless)
   if at_capacity is not None:
     _show("at the training capacity", at_capacity)
   for arm, changed in arms.items():

@@ -71,7 +71,7 @@ def heldout(
     `eval`, `domains`, `interventions` (nats per token) and `routing` of the card.
   """
   evaluator = Evaluator(config, data)
-  whole, at_capacity = evaluator.dropless(model), evaluator.at_training_capacity(model)
+  whole, at_capacity = evaluator.both(model)
   found: dict[str, Any] = {"eval": {"loss": whole.loss, "bits_per_byte": whole.bits_per_byte}}
   if at_capacity is not None:
     found["eval"] |= {
@@ -79,9 +79,7 @@ def heldout(
       "dropped_fraction_at_capacity": at_capacity.dropped_fraction,
     }
   parts = domain_texts(config, domains)
-  found["domains"] = {
-    name: Evaluator(config, part).dropless(model).loss for name, part in parts.items()
-  }
+  found["domains"] = {name: evaluator.on(part).dropless(model).loss for name, part in parts.items()}
   if config.model.moe is not None:
     found["interventions"] = {
       name: _under(evaluator, config, model, fields) for name, fields in interventions.items()
@@ -110,15 +108,6 @@ def _routing(
   config: ExperimentConfig, model: nnx.State, parts: Mapping[str, PreparedData]
 ) -> dict[str, Any]:
   """Returns how the held-out tokens are routed, dropless: means over layers, and each layer."""
-  counts = np.stack([_loads(config, model, part) for part in parts.values()])
-  layers = [_layer(counts[:, layer]) for layer in range(counts.shape[1])]
-  names = [name for name in layers[0] if name != "load"]
-  means = {name: _mean([layer[name] for layer in layers]) for name in names}
-  return {**means, "per_layer": layers}
-
-
-def _loads(config: ExperimentConfig, model: nnx.State, data: PreparedData) -> np.ndarray:
-  """Returns (layers, E) float64, assignments that ask for each expert over the held-out text."""
   graph = model_graph(config.model.dropless())
 
   @jax.jit
@@ -126,8 +115,16 @@ def _loads(config: ExperimentConfig, model: nnx.State, data: PreparedData) -> np
     _, aux = run_batch(nnx.merge(graph, model), batch)
     return [plan.metrics["load"] * plan.metrics["assignments"] for plan in aux.plans]
 
-  batches = eval_batches(data.heldout, config.batch_size, transform=config.pair_maker)
-  return sum(np.asarray(jax.device_get(loads(model, batch)), np.float64) for batch in batches)
+  def counts_of(part: PreparedData) -> np.ndarray:
+    """Returns (layers, E) float64, assignments that ask for each expert over the held-out text."""
+    batches = eval_batches(part.heldout, config.batch_size, transform=config.pair_maker)
+    return sum(np.asarray(jax.device_get(loads(model, batch)), np.float64) for batch in batches)
+
+  counts = np.stack([counts_of(part) for part in parts.values()])
+  layers = [_layer(counts[:, layer]) for layer in range(counts.shape[1])]
+  names = [name for name in layers[0] if name != "load"]
+  means = {name: _mean([layer[name] for layer in layers]) for name in names}
+  return {**means, "per_layer": layers}
 
 
 def _layer(counts: np.ndarray) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Evaluation on the held-out split."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
@@ -12,6 +13,7 @@ from moe_jax.data.builders import PreparedData
 from moe_jax.data.loader import eval_batches
 from moe_jax.errors import UserError
 from moe_jax.models import ModelConfig
+from moe_jax.moe.options import Overflow
 from moe_jax.sharding.layout import Layout
 from moe_jax.training.config import ExperimentConfig
 from moe_jax.training.placed import own_rows, place_batches
@@ -68,10 +70,12 @@ class Evaluator:
     self._data, self._layout, self._must_end = data, layout, must_end
     self._batch_size = config.eval.batch_size or config.batch_size // config.accumulation_steps
     self._pairs = config.pair_maker
-    self._check_targets(config.data.sequence_length)
+    self._length = config.data.sequence_length
+    self._check_targets()
     self._dropless = make_eval_step(config.model.dropless(), layout)
-    self._at_capacity = None
+    self._at_capacity, self._trains_dropless = None, False
     if config.model.moe is not None:
+      self._trains_dropless = config.model.moe.routing.overflow == Overflow.DROPLESS
       self._at_capacity = make_eval_step(at_training_capacity(config.model), layout)
 
   def dropless(self, model: nnx.State) -> EvalResult:
@@ -81,6 +85,22 @@ class Evaluator:
   def at_training_capacity(self, model: nnx.State) -> EvalResult | None:
     """Evaluates with the drops of training; None for a model without experts."""
     return None if self._at_capacity is None else self._run(self._at_capacity, model)
+
+  def both(self, model: nnx.State) -> tuple[EvalResult, EvalResult | None]:
+    """Evaluates dropless and at the training capacity: once, if training drops nothing."""
+    dropless = self.dropless(model)
+    return dropless, dropless if self._trains_dropless else self.at_training_capacity(model)
+
+  def on(self, data: PreparedData) -> "Evaluator":
+    """Returns an evaluator of another held-out split, which shares what is compiled.
+
+    Raises:
+      UserError: see the class.
+    """
+    other = copy.copy(self)
+    other._data = data
+    other._check_targets()
+    return other
 
   def under(self, config: ModelConfig, model: nnx.State) -> EvalResult:
     """Evaluates under another config with the same variables, for example another router."""
@@ -117,15 +137,15 @@ class Evaluator:
         jax.block_until_ready(sums[-2])
     return sums
 
-  def _check_targets(self, length: int) -> None:
+  def _check_targets(self) -> None:
     """Refuses records so long that the second half of each is padding."""
     if self._pairs is None:
       return
     records, rng = self._data.heldout, np.random.default_rng(0)
     if not any(self._pairs(records[i], rng)["loss_mask"].any() for i in range(len(records))):
       raise UserError(
-        f"data.sequence_length = {length} is refused: the held-out text fills no record so far that"
-        " a pair of it has something to predict; take shorter records"
+        f"data.sequence_length = {self._length} is refused: the held-out text fills no record so"
+        " far that a pair of it has something to predict; take shorter records"
       )
 
   def _predicted_bytes(self, targets: float) -> float:

@@ -350,11 +350,11 @@ def _owed_row(place: dict[str, Any], step: int) -> Row | None:
 
 
 def _evaluate(evaluator: Evaluator, state: TrainState) -> dict[str, float]:
-  dropless = evaluator.dropless(state.model)
+  dropless, at_capacity = evaluator.both(state.model)
   row = {"eval_loss": dropless.loss, "eval_bits_per_byte": dropless.bits_per_byte}
   if dropless.accuracy is not None:
     row["eval_accuracy"] = dropless.accuracy
-  if at_capacity := evaluator.at_training_capacity(state.model):
+  if at_capacity is not None:
     row["eval_loss_at_capacity"] = at_capacity.loss
     row["eval_dropped_fraction_at_capacity"] = at_capacity.dropped_fraction
   return row

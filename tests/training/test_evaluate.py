@@ -26,23 +26,24 @@ def held_out():
   return batch
 
 
-def experiment(batch_size, train, evaluation):
+def experiment(batch_size, train, evaluation, **fields):
   """Returns a model of one block with these capacity factors."""
-  return tiny.experiment(
+  chosen = dict(
     model__segments=(("attention:moe", 1),),
     eval__batch_size=batch_size,
     moe__overflow="drop",
     moe__capacity_factor=train,
     moe__eval_capacity_factor=evaluation,
   )
+  return tiny.experiment(**chosen | fields)
 
 
-def evaluator(*settings, must_end=None):
+def evaluator(*settings, must_end=None, **fields):
   """Returns an evaluator on the held-out records of an `experiment`."""
   records = [{name: a[i] for name, a in held_out().items()} for i in range(RECORDS)]
   targets = sum(int(record["loss_mask"].sum()) for record in records)
   data = types.SimpleNamespace(heldout=records, heldout_bytes=100, heldout_targets=targets)
-  return Evaluator(experiment(*settings), data, must_end=must_end)
+  return Evaluator(experiment(*settings, **fields), data, must_end=must_end)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,29 @@ def test_evaluation_at_the_training_capacity_drops_as_training_does(model):
   ample = evaluator(RECORDS, AMPLE, TIGHT).at_training_capacity(model)
   assert tight.dropped_fraction > 0.2
   assert ample.dropped_fraction == 0
+
+
+def test_both_evaluations_are_one_where_training_drops_nothing(model, monkeypatch):
+  tight = evaluator(RECORDS, TIGHT, AMPLE)
+  dropless, at_capacity = tight.both(model)
+  assert (dropless, at_capacity) == (tight.dropless(model), tight.at_training_capacity(model))
+  assert at_capacity.dropped_fraction > 0.2
+  free = evaluator(RECORDS, TIGHT, AMPLE, moe__overflow="dropless", moe__dispatch="ragged")
+  # Capacity factors mean nothing to it.
+  assert free.dropless(model) == free.at_training_capacity(model)
+  monkeypatch.setattr(Evaluator, "at_training_capacity", None)
+  first, second = free.both(model)
+  assert first is second and first.loss == pytest.approx(dropless.loss, rel=1e-5)
+
+
+def test_an_evaluator_of_other_data_shares_what_is_compiled(model):
+  whole, other = evaluator(RECORDS, TIGHT, AMPLE), evaluator(4, TIGHT, AMPLE)
+  first = list(whole._data.heldout[:3])
+  part = types.SimpleNamespace(heldout=first, heldout_bytes=50, heldout_targets=1)
+  result = whole.on(part).dropless(model)
+  assert whole.on(part)._dropless is whole._dropless
+  assert result.loss == pytest.approx(other.on(part).dropless(model).loss, rel=1e-5)
+  assert result.loss != pytest.approx(whole.dropless(model).loss, rel=1e-5)
 
 
 def test_records_whose_second_halves_are_padding_are_refused():
