@@ -13,9 +13,8 @@ from moe_jax.sweep.cards import card_file
 from moe_jax.sweep.claims import Finding, expectation
 from moe_jax.sweep.comparison_page import write_comparison
 from moe_jax.sweep.recipe import Recipe, Run, load_recipe
-from moe_jax.sweep.results import ArmRow, arm_rows, cards_by_arm, diverged_text, findings
+from moe_jax.sweep.results import ArmRow, arm_rows, cards_by_arm, findings, loss_text
 from moe_jax.sweep.running import finished_card, run_and_write, run_folder
-from moe_jax.sweep.statistics import Interval
 from moe_jax.sweep.workers import Job, command_of, run_jobs
 
 
@@ -115,7 +114,7 @@ def _print_arms(recipe: Recipe, rows: list[ArmRow]) -> None:
       compact(row.parameters),
       compact(row.active),
       compact(row.flops_per_token),
-      ", ".join(filter(None, (row.loss and _shown(row.loss), diverged_text(row)))),
+      loss_text(row),
       "" if row.max_violation is None else f"{row.max_violation:.3f}",
       "" if row.dropped_fraction is None else f"{100 * row.dropped_fraction:.1f} %",
       f"{row.cpu_seconds:.0f}",
@@ -133,13 +132,8 @@ def _print_findings(recipe: Recipe, profile: str, found: list[Finding]) -> None:
     why = f" ({finding.why})" if finding.why else ""
     print(f"{finding.verdict}: {claim.text}{why}")
     if finding.measured is not None:
-      print(f"  measured {_shown(finding.measured)}, expected {expectation(claim)}")
+      print(f"  measured {finding.measured}, expected {expectation(claim)}")
 
 
 def _console() -> Console:
   return Console(width=WIDTH, highlight=False, color_system=None)
-
-
-def _shown(value: Interval) -> str:
-  spread = "one seed" if value.n < 2 else f"± {value.half_width:.4f}"
-  return f"{value.mean:.4f} {spread}"

@@ -10,8 +10,7 @@ from moe_jax.sweep.cards import Card
 from moe_jax.sweep.claims import Finding, expectation
 from moe_jax.sweep.figures import draw_curves
 from moe_jax.sweep.recipe import Recipe
-from moe_jax.sweep.results import ArmRow, arm_rows, diverged_text
-from moe_jax.sweep.statistics import Interval
+from moe_jax.sweep.results import ArmRow, arm_rows, loss_text
 
 PAGE = "comparison.html"
 _HEAD = ("arm", "held-out nats", "max violation", "dropped", "active", "total", "CPU s a run")
@@ -50,7 +49,7 @@ def _arms(rows: Sequence[ArmRow]) -> str:
   lines = []
   for row in sorted(rows, key=lambda row: math.inf if row.loss is None else row.loss.mean):
     cells = (
-      ", ".join(filter(None, (row.loss and _spread(row.loss), diverged_text(row)))),
+      loss_text(row),
       fixed(row.max_violation, 3),
       percent(row.dropped_fraction),
       compact(row.active),
@@ -61,16 +60,12 @@ def _arms(rows: Sequence[ArmRow]) -> str:
   return _table(_HEAD, lines)
 
 
-def _spread(value: Interval) -> str:
-  return fixed(value.mean, 4) + ("" if value.n < 2 else f" ± {fixed(value.half_width, 4)}")
-
-
 def _claims(findings: Sequence[Finding]) -> str:
   rows = [
     [
       finding.claim.text,
       expectation(finding.claim),
-      "" if finding.measured is None else _spread(finding.measured),
+      "" if finding.measured is None else str(finding.measured),
       finding.verdict + (f" ({finding.why})" if finding.why else ""),
     ]
     for finding in findings

@@ -15,9 +15,8 @@ from moe_jax.sweep.figures import draw_curves
 from moe_jax.sweep.paper_values import PaperValue, read_paper_values
 from moe_jax.sweep.printed_sizes import PrintedSizes, load_sizes, size_rows, sizes_page
 from moe_jax.sweep.recipe import Profile, Recipe, Scale, load_recipe
-from moe_jax.sweep.results import ArmRow, arm_rows, diverged_text
+from moe_jax.sweep.results import ArmRow, arm_rows, loss_text
 from moe_jax.sweep.running import finished_card
-from moe_jax.sweep.statistics import Interval
 
 CONFIG_FILE, CARDS, PAGE, FIGURE = "config.py", "cards", "README.md", "curves.svg"
 RESULTS_FILE, VALUES_FILE, SIZES_FILE = "RESULTS.md", "paper_values.yaml", "sizes.py"
@@ -203,7 +202,7 @@ def _own_claim_row(results: Results, claim: Claim, values: Mapping[str, PaperVal
   finding = results.finding(claim)
   ours, verdict = "", _NOT_RUN
   if finding is not None:
-    ours = "" if finding.measured is None else _interval(finding.measured)
+    ours = "" if finding.measured is None else str(finding.measured)
     verdict = f"**{finding.verdict}**" + (f" ({finding.why})" if finding.why else "")
   return [claim.text, _paper(claim, values), expectation(claim), ours, verdict]
 
@@ -219,17 +218,13 @@ def _paper(claim: Claim, values: Mapping[str, PaperValue]) -> str:
   return f"{number}{value.note}; {value.source}{doubt}"
 
 
-def _interval(value: Interval) -> str:
-  return f"{value.mean:.4f} ± {value.half_width:.4f}"
-
-
 def _arm_row(row: ArmRow) -> list[str]:
   return [
     row.arm,
     f"{row.parameters:,}",
     f"{row.active:,}",
     f"{row.flops_per_token:,.0f}",
-    ", ".join(filter(None, (row.loss and _interval(row.loss), diverged_text(row)))),
+    loss_text(row),
     "" if row.max_violation is None else f"{row.max_violation:.3f}",
     "" if row.dropped_fraction is None else f"{100 * row.dropped_fraction:.2f} %",
     f"{row.cpu_seconds:.0f}",

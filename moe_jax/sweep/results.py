@@ -58,9 +58,10 @@ def arm_rows(cards: Mapping[str, Sequence[Card]]) -> list[ArmRow]:
   return [_row(arm, own) for arm, own in cards.items()]
 
 
-def diverged_text(row: ArmRow) -> str:
-  """Says how many seeds of an arm diverged; empty for none."""
-  return f"{row.diverged} diverged" if row.diverged else ""
+def loss_text(row: ArmRow) -> str:
+  """Says the held-out loss of an arm, and how many seeds diverged if any did."""
+  diverged = f"{row.diverged} diverged" if row.diverged else ""
+  return ", ".join(filter(None, ("" if row.loss is None else str(row.loss), diverged)))
 
 
 def findings(recipe: Recipe, profile: str, cards: Mapping[str, Sequence[Card]]) -> list[Finding]:

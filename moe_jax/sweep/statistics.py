@@ -36,6 +36,12 @@ class Interval:
     """The upper end."""
     return self.mean + self.half_width
 
+  def __str__(self) -> str:
+    """Says "1.2345 ± 0.0123"; small ones as "1.2e-06 ± 3.4e-07"."""
+    digits = ".4f" if self.mean == 0 or abs(self.mean) >= 1e-3 else ".1e"
+    spread = f"± {self.half_width:{digits}}" if self.n > 1 else "(one seed)"
+    return f"{self.mean:{digits}} {spread}"
+
 
 def interval(values: Sequence[float], confidence: float = _CONFIDENCE) -> Interval:
   """Returns the two-sided Student interval of the mean of independent values.

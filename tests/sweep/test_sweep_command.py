@@ -15,7 +15,7 @@ from moe_jax.cli import main
 from moe_jax.errors import UserError
 from moe_jax.sweep import workers
 from moe_jax.sweep.recipe import Profile, Recipe, Scale, load_recipe, with_point
-from moe_jax.sweep.results import arm_rows, cards_by_arm, diverged_text
+from moe_jax.sweep.results import arm_rows, cards_by_arm, loss_text
 from moe_jax.sweep.routing_history import by_name
 from moe_jax.sweep.running import finished_card, run_and_write, run_folder
 from moe_jax.sweep.upcycled_start import UpcycledFrom
@@ -197,7 +197,7 @@ def test_a_run_that_diverges_has_a_card_that_says_so(tmp_path):
   assert "eval" not in card and card["cpu_seconds"] > 0
   assert finished_card(run, tmp_path / "cards")["why"] == card["why"]
   (row,) = arm_rows(cards_by_arm(recipe, "smoke", tmp_path / "cards"))
-  assert (row.loss, row.diverged, diverged_text(row)) == (None, 1, "1 diverged")
+  assert (row.loss, row.diverged, loss_text(row)) == (None, 1, "1 diverged")
 
 
 def _upcycling_recipe() -> Recipe:

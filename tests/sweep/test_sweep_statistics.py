@@ -7,6 +7,7 @@ import pytest
 import scipy.stats
 
 from moe_jax.sweep.statistics import (
+  Interval,
   equivalence_interval,
   interval,
   pooled_deviation,
@@ -55,3 +56,10 @@ def test_seeds_to_reach_is_the_smallest_that_does():
 def _of_spread(spread, count):
   values = np.linspace(-1, 1, count)
   return list(values / values.std(ddof=1) * spread)
+
+
+def test_intervals_are_said_in_as_many_digits_as_they_need():
+  assert str(Interval(1.23456, 0.012345, 3)) == "1.2346 ± 0.0123"
+  assert str(Interval(-1.23e-6, 4.56e-7, 3)) == "-1.2e-06 ± 4.6e-07"
+  assert str(Interval(0.0, 0.0, 3)) == "0.0000 ± 0.0000"
+  assert str(interval([1.5])) == "1.5000 (one seed)"
