@@ -11,6 +11,7 @@ from moe_jax.planning.count import ParameterCount, count_parameters
 from moe_jax.sweep.claims import Verdict
 from moe_jax.training.config import model_from
 
+_PRINTED = re.compile(r"(\d+(?:\.\d+)?)([MBT])")
 _UNITS = {"M": 10**6, "B": 10**9, "T": 10**12}
 _NOT_PRINTED, _NONE = "not printed", "none"
 
@@ -44,6 +45,14 @@ class Figure:
   total: str | None
   active: str | None
   note: str = ""
+
+  def __post_init__(self):
+    for printed in (self.total, self.active):
+      if printed is not None and not _PRINTED.fullmatch(printed):
+        raise UserError(
+          f"the printed count {printed!r} of {self.name} is none; expected digits and M, B or T, as"
+          ' "46.7B"'
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +152,7 @@ def _compared(printed: str, numbers: Sequence[int]) -> tuple[str, str, str]:
 
 
 def _parts(printed: str) -> tuple[str, str]:
-  return re.fullmatch(r"([\d.]+)([MBT])", printed).groups()
+  return _PRINTED.fullmatch(printed).groups()
 
 
 def _active(exact: ParameterCount) -> dict[str, int]:

@@ -6,7 +6,8 @@ import re
 import pytest
 from training import tiny
 
-from moe_jax.sweep.printed_sizes import agrees, convention, count, load_sizes, size_rows
+from moe_jax.errors import UserError
+from moe_jax.sweep.printed_sizes import Figure, agrees, convention, count, load_sizes, size_rows
 
 SIZES = load_sizes(str(tiny.ROOT / "experiments/published_sizes/sizes.py"))
 FIGURES, CLAIMS = SIZES.figures, SIZES.wrong
@@ -35,6 +36,11 @@ def test_figures_agree_when_they_round_to_the_printed_digits():
   assert agrees(46_702_792_704, "46.7B") and agrees(1_161_756_418_048, "1.2T")
   assert agrees(152_296_704, "152M") and not agrees(152_296_704, "145M")
   assert not agrees(37_552_282_624, "37B")
+
+
+def test_a_printed_figure_without_a_unit_is_refused():
+  with pytest.raises(UserError, match="the printed count '46.7' of Mixtral is none; expected"):
+    Figure("Mixtral", "configs/mixtral.py:8x7b", "46.7", None)
 
 
 def test_the_known_errors_are_named():
