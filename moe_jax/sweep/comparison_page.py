@@ -28,7 +28,11 @@ def write_comparison(
 def render(recipe: Recipe, cards: Mapping[str, Sequence[Card]], findings: Sequence[Finding]) -> str:
   """Returns the page: curves, the table of arms, verdicts, and where the tokens went."""
   first = next(iter(cards.values()))
-  count = f"{len(first)} seed{'s' if len(first) > 1 else ''}, {first[0]['tokens']:,} tokens a run"
+  tokens = [card["tokens"] for own in cards.values() for card in own]
+  # Arms may train for other numbers of steps.
+  ends = sorted({min(tokens), max(tokens)})
+  count = f"{len(first)} seed{'s' if len(first) > 1 else ''}, "
+  count += f"{' to '.join(f'{end:,}' for end in ends)} tokens a run"
   parts = [
     f'<header><p class="kicker">moe_jax comparison</p><h1>{escape(recipe.title)}</h1>'
     f'<p class="subtitle">{escape(recipe.hypothesis)}</p></header>',

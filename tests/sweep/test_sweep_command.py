@@ -14,6 +14,7 @@ from moe_jax.analysis.routing_measures import Measure
 from moe_jax.cli import main
 from moe_jax.errors import UserError
 from moe_jax.sweep import workers
+from moe_jax.sweep.comparison_page import render
 from moe_jax.sweep.recipe import Profile, Recipe, Scale, load_recipe, with_point
 from moe_jax.sweep.results import arm_rows, cards_by_arm, loss_text
 from moe_jax.sweep.routing_history import by_name
@@ -69,6 +70,13 @@ def test_sweep_shows_the_table_without_running_anything_again(swept, capsys):
   assert "decides no claim" in shown
   assert not any(verdict in shown for verdict in ("REPRODUCED", "INCONCLUSIVE"))
   assert _card(swept) == before
+
+
+def test_page_says_the_tokens_of_the_shortest_and_the_longest_runs(swept):
+  recipe, moe, dense = load_recipe(RECIPE), _card(swept), _card(swept, "dense_0")
+  assert "1 seed, 256 tokens a run" in render(recipe, {"moe": [moe], "dense": [dense]}, [])
+  short = dense | {"tokens": 128}
+  assert "1 seed, 128 to 256 tokens a run" in render(recipe, {"moe": [moe], "dense": [short]}, [])
 
 
 def test_list_names_runs_and_what_is_there(swept, capsys):
