@@ -74,7 +74,17 @@ def compile_for(layout: Layout | None, function: Callable, **options: Any) -> Ca
     with use_layout(layout):
       return function(*args)
 
-  return jax.jit(traced, **options)
+  return jax.jit(traced, compiler_options=_compiler_options(layout), **options)
+
+
+def _compiler_options(layout: Layout | None) -> dict[str, str] | None:
+  """On CPU, attention and other chains of operations by XLA itself and not by YNNPACK.
+
+  A training step of a small model takes 1.4 times as long with that library's fusions, on one core
+  and on two.
+  """
+  platform = jax.default_backend() if layout is None else layout.platform
+  return {"xla_cpu_experimental_ynn_fusion_type": ""} if platform == "cpu" else None
 
 
 def place_batches(
