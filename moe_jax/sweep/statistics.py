@@ -38,7 +38,8 @@ class Interval:
 
   def __str__(self) -> str:
     """Says "1.2345 ± 0.0123"; small ones as "1.2e-06 ± 3.4e-07"."""
-    digits = ".4f" if self.mean == 0 or abs(self.mean) >= 1e-3 else ".1e"
+    size = max(abs(self.mean), self.half_width if self.n > 1 else 0)
+    digits = ".4f" if size == 0 or size >= 1e-3 else ".1e"
     spread = f"± {self.half_width:{digits}}" if self.n > 1 else "(one seed)"
     return f"{self.mean:{digits}} {spread}"
 

@@ -61,5 +61,6 @@ def _of_spread(spread, count):
 def test_intervals_are_said_in_as_many_digits_as_they_need():
   assert str(Interval(1.23456, 0.012345, 3)) == "1.2346 ± 0.0123"
   assert str(Interval(-1.23e-6, 4.56e-7, 3)) == "-1.2e-06 ± 4.6e-07"
+  assert str(Interval(6.7e-5, 0.0371, 3)) == "0.0001 ± 0.0371"
   assert str(Interval(0.0, 0.0, 3)) == "0.0000 ± 0.0000"
   assert str(interval([1.5])) == "1.5000 (one seed)"
